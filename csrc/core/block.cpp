@@ -1,0 +1,435 @@
+#include "core/block.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/cpu_features.h"
+
+namespace mnv4 {
+namespace {
+
+constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
+
+// scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
+std::size_t scratch_budget() { return cpu_info().l2 / sizeof(float) * 3 / 4; }
+
+std::size_t round_line(std::size_t floats) { return (floats + 15) / 16 * 16; }
+
+}  // namespace
+
+Block::Block(const BlockDesc& d) : d_(d) {
+  const int taps = d.expand_kernel * d.expand_kernel;
+  auto place = [&](Stage s, int units, std::size_t floats_of_unit) {
+    const int i = static_cast<int>(s);
+    weight_[i] = total_;
+    bias_[i] = total_ + units * floats_of_unit;
+    total_ = bias_[i] + static_cast<std::size_t>(units) * kUnit;
+  };
+  if (has(Stage::start)) place(Stage::start, units_of(d.c_in), static_cast<std::size_t>(d.start_kernel) * d.start_kernel * kUnit);
+  if (has(Stage::expand)) place(Stage::expand, units_of(d.c_mid), static_cast<std::size_t>(taps) * d.c_in * kUnit);
+  if (has(Stage::mid)) place(Stage::mid, units_of(d.c_mid), static_cast<std::size_t>(d.mid_kernel) * d.mid_kernel * kUnit);
+  if (has(Stage::project)) place(Stage::project, units_of(d.c_out), static_cast<std::size_t>(d.c_mid) * kUnit);
+}
+
+bool Block::has(Stage s) const {
+  switch (s) {
+    case Stage::start: return d_.start_kernel > 0;
+    case Stage::expand: return d_.expand;
+    case Stage::mid: return d_.mid_kernel > 0;
+    case Stage::project: return d_.project;
+  }
+  return false;
+}
+
+bool Block::pack(Stage s, const StageParams& p) {
+  if (!has(s)) return false;
+  if (data_ == nullptr) data_ = make_buffer(total_);
+  if (data_ == nullptr) return false;
+  const int i = static_cast<int>(s);
+  float* w = data_.get() + weight_[i];
+  float* b = data_.get() + bias_[i];
+  switch (s) {
+    case Stage::start: pack_depthwise(p, d_.c_in, d_.start_kernel, w, b); break;
+    case Stage::expand: pack_gemm(p, d_.c_mid, d_.c_in, d_.expand_kernel, w, b); break;
+    case Stage::mid: pack_depthwise(p, d_.c_mid, d_.mid_kernel, w, b); break;
+    case Stage::project: pack_gemm(p, d_.c_out, d_.c_mid, 1, w, b); break;
+  }
+  done_[i] = true;
+  return true;
+}
+
+void Block::adopt(const float* blob) {
+  if (data_ == nullptr) data_ = make_buffer(total_);
+  if (data_ == nullptr) return;
+  std::memcpy(data_.get(), blob, total_ * sizeof(float));
+  for (int i = 0; i < kStages; ++i) done_[i] = has(static_cast<Stage>(i));
+}
+
+bool Block::packed() const {
+  for (int i = 0; i < kStages; ++i) {
+    if (has(static_cast<Stage>(i)) && !done_[i]) return false;
+  }
+  return true;
+}
+
+// Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring that keeps
+// all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
+Plan Block::plan(const Geometry& g, int rows, int team) const {
+  const std::size_t budget = scratch_budget() * team;
+  const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);
+  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid);
+  const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
+  const std::size_t pitch1 = static_cast<std::size_t>(g.left1) + g.w + g.right1;
+  const std::size_t pitch2 = static_cast<std::size_t>(g.left2 + g.w1 + g.right2) * kUnit;
+
+  auto sizes = [&](int band, int chunk, bool ring) {
+    Plan p;
+    p.band = band, p.chunk = chunk, p.ring = ring;
+    const int rows1 = mid ? std::min(g.h1, (band - 1) * d_.mid_stride + d_.mid_kernel) : band;  // rows after the front
+    const int rows0 = k1 > 0 ? (rows1 - 1) * s1 + k1 : 0;
+    if (has(Stage::start)) {
+      p.front = static_cast<std::size_t>(ui) * rows1 * g.w1 * kUnit;
+      p.local = round_line(rows0 * pitch1 * kUnit);
+    } else if (dense) {
+      p.front = round_line(rows0 * pitch1 * d_.c_in);
+    }
+    if (mid) {
+      p.ring_rows = rows1;
+      p.expanded = static_cast<std::size_t>(ring ? ue : chunk) * rows1 * pitch2;
+    }
+    if (d_.project && d_.expand) p.middle = static_cast<std::size_t>(chunk) * band * g.w2 * kUnit;
+    return p;
+  };
+  auto fits = [&](const Plan& p) { return p.shared() + p.local * team <= budget; };
+  auto even_chunk = [&](int chunk) {
+    const int parts = (ue + chunk - 1) / chunk;
+    return (ue + parts - 1) / parts;
+  };
+  auto even_band = [&](int band) {
+    const int parts = (rows + band - 1) / band;
+    return (rows + parts - 1) / parts;
+  };
+
+  const int least = std::min(ue, 8);  // a shorter reduction spends too much on re-reading the output
+  for (int chunk = ue; chunk >= least; --chunk) {
+    const Plan p = sizes(rows, even_chunk(chunk), false);
+    if (fits(p)) return p;
+  }
+  for (int band = rows; band >= 1; --band) {
+    const Plan p = sizes(even_band(band), ue, mid);
+    if (fits(p)) return p;
+  }
+  for (int band = std::min(rows, 8); band >= 1; --band) {
+    for (int chunk = ue; chunk >= 1; --chunk) {
+      const Plan p = sizes(band, even_chunk(chunk), false);
+      if (fits(p)) return p;
+    }
+  }
+  return sizes(1, 1, false);  // a single row of a single unit is wider than the budget
+}
+
+void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
+  const int pixels = g.rows * g.cols;
+  if (t.n == 1) {
+    if (pixels > 0 && g.units > 0) k.gemm(g);
+    return;
+  }
+  // parts of units x parts of pixels = threads; the split whose largest part is smallest wins, units first (weights are read once)
+  int best_u = 1;
+  long long best = -1;
+  for (int pu = t.n; pu >= 1; --pu) {
+    if (t.n % pu != 0) continue;
+    const int pp = t.n / pu;
+    const long long cost = static_cast<long long>((g.units + pu - 1) / pu) * ((pixels + pp - 1) / pp);
+    if (best < 0 || cost < best) best = cost, best_u = pu;
+  }
+  const int pp = t.n / best_u;
+  const Range u = split(g.units, best_u, t.tid % best_u), p = split(pixels, pp, t.tid / best_u);
+  if (u.lo == u.hi || p.lo == p.hi) return;
+  if (u.hi < g.units) g.n_last = kUnit;
+  g.b += u.lo * g.b_unit;
+  if (g.bias != nullptr) g.bias += u.lo * kUnit;
+  g.c += u.lo * g.c_unit;
+  if (g.res != nullptr) g.res += u.lo * g.r_unit;
+  g.units = u.hi - u.lo;
+  g.p_begin = p.lo, g.p_end = p.hi;
+  k.gemm(g);
+}
+
+namespace {
+
+struct Front {
+  int kernel, stride, top, left, right;
+};
+
+// copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders; returns offsets by row
+void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi, float* dst) {
+  const std::ptrdiff_t pitch = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
+  for (int y = std::max(lo, 0); y < std::min(hi, g.h); ++y) {
+    float* row = dst + (y - lo) * pitch;
+    std::memset(row, 0, sizeof(float) * g.left1 * kUnit);
+    std::memset(row + (g.left1 + g.w) * kUnit, 0, sizeof(float) * g.right1 * kUnit);
+    k.load_unit(x.p + u * x.unit + y * x.row, x.pix, x.chan, g.w, channels, row + g.left1 * kUnit);
+  }
+}
+
+// one zero-bordered row in channels-last order for the dense convolution; rows outside of the image are zero
+void load_dense_row(const View& x, int channels, const Geometry& g, int y, float* dst) {
+  const std::size_t pitch = static_cast<std::size_t>(g.left1 + g.w + g.right1) * channels;
+  if (y < 0 || y >= g.h) {
+    std::memset(dst, 0, sizeof(float) * pitch);
+    return;
+  }
+  std::memset(dst, 0, sizeof(float) * g.left1 * channels);
+  std::memset(dst + (g.left1 + g.w) * channels, 0, sizeof(float) * g.right1 * channels);
+  dst += g.left1 * channels;
+  const float* row = x.p + y * x.row;
+  if (x.chan == 1 && x.unit == kUnit && x.pix == channels) {
+    std::memcpy(dst, row, sizeof(float) * g.w * channels);
+  } else if (x.chan == 1) {
+    for (int u = 0; u < units_of(channels); ++u) {
+      const int n = std::min(kUnit, channels - u * kUnit);
+      const float* src = row + u * x.unit;
+      float* out = dst + u * kUnit;
+      if (n == kUnit) {
+        for (int i = 0; i < g.w; ++i, src += x.pix, out += channels) std::memcpy(out, src, sizeof(float) * kUnit);
+      } else {
+        for (int i = 0; i < g.w; ++i, src += x.pix, out += channels) std::memcpy(out, src, sizeof(float) * n);
+      }
+    }
+  } else {
+    for (int c = 0; c < channels; ++c) {
+      const float* src = row + (c / kUnit) * x.unit + (c % kUnit) * x.chan;
+      for (int i = 0; i < g.w; ++i) dst[i * channels + c] = src[i * x.pix];
+    }
+  }
+}
+
+}  // namespace
+
+void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g, int y0,
+                     int y1) const {
+  const Plan p = plan(g, y1 - y0, t.n);
+  const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid), uo = units_of(d_.c_out);
+  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid), start = has(Stage::start);
+  const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
+  const int k2 = d_.mid_kernel, s2 = d_.mid_stride;
+  const std::ptrdiff_t pitch1 = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * (dense ? d_.c_in : kUnit);
+  const std::ptrdiff_t pitch2 = static_cast<std::ptrdiff_t>(g.left2 + g.w1 + g.right2) * kUnit;
+  const std::ptrdiff_t plane2 = pitch2 * p.ring_rows;
+  float* front = t.shared;
+  float* expanded = front + p.front;
+  float* middle = expanded + p.expanded;
+
+  int have = 0;  // expanded rows below this one are in the ring
+  for (int o0 = y0; o0 < y1; o0 += p.band) {
+    const int o1 = std::min(y1, o0 + p.band);
+    const int e0 = mid ? std::max(0, o0 * s2 - g.top2) : o0;
+    const int e1 = mid ? std::min(g.h1, (o1 - 1) * s2 - g.top2 + k2) : o1;
+    const int n0 = p.ring && o0 > y0 ? std::max(e0, have) : e0;  // rows to compute now
+    const int n1 = std::max(n0, e1), rows = n1 - n0;
+    have = n1;
+
+    // front: start depthwise of all input units, or zero-bordered input rows of the dense convolution
+    const int lo = n0 * s1 - g.top1, hi = (n1 - 1) * s1 - g.top1 + k1;
+    if (start) {
+      const Range u = split(ui, t.n, t.tid);
+      for (int i = u.lo; i < u.hi; ++i) {
+        load_rows(k, x, i, std::min(kUnit, d_.c_in - i * kUnit), g, lo, hi, t.local);
+        for (int r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
+          std::ptrdiff_t off[kRowsAtOnce * 5];
+          const int n = std::min(kRowsAtOnce, rows - r0);
+          for (int r = 0; r < n; ++r) {
+            for (int ky = 0; ky < k1; ++ky) {
+              const int y = (n0 + r0 + r) * s1 - g.top1 + ky;
+              off[r * k1 + ky] = y < 0 || y >= g.h ? -1 : (y - lo) * pitch1;
+            }
+          }
+          DepthwiseArgs a;
+          a.src = t.local, a.row_off = off, a.kernel = k1, a.stride = s1;
+          a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
+          a.bias = bias(Stage::start) + i * kUnit;
+          a.dst = front + (static_cast<std::ptrdiff_t>(i) * rows + r0) * g.w1 * kUnit;
+          a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
+          a.rows = n, a.cols = g.w1, a.act = d_.act[0];
+          k.depthwise(a);
+        }
+        if (!d_.expand && !d_.project) {
+          const int channels = i + 1 == uo ? n_last : kUnit;
+          for (int r = 0; r < rows; ++r) {
+            k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit, out.p + i * out.unit + (o0 + r) * out.row,
+                         out.pix, out.chan, g.w1, channels);
+          }
+        }
+      }
+      t.sync();
+    } else if (dense) {
+      const Range r = split(hi - lo, t.n, t.tid);
+      for (int i = r.lo; i < r.hi; ++i) load_dense_row(x, d_.c_in, g, lo + i, front + i * pitch1);
+      t.sync();
+    }
+
+    // the product that reads the front or the input
+    GemmArgs in;
+    if (start) {
+      in.a = front, in.a_pix = kUnit, in.a_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
+      in.a_blk = static_cast<std::ptrdiff_t>(rows) * g.w1 * kUnit;
+    } else if (dense) {
+      in.a = front, in.a_pix = static_cast<std::ptrdiff_t>(s1) * d_.c_in, in.a_row = s1 * pitch1, in.a_blk = pitch1;
+    } else {
+      in.a = x.p + n0 * x.row, in.a_pix = x.pix, in.a_row = x.row, in.a_blk = x.unit;
+    }
+    if (dense) {
+      in.k_blocks = k1, in.k_len = in.k_last = k1 * d_.c_in;
+    } else if (!start && x.unit == kUnit) {
+      in.k_blocks = 1, in.k_len = in.k_last = d_.c_in;
+    } else {
+      in.k_blocks = ui, in.k_len = kUnit, in.k_last = d_.c_in - (ui - 1) * kUnit;
+    }
+    in.cols = g.w1;
+
+    GemmArgs to;  // where the last product goes
+    to.c = out.p + o0 * out.row, to.c_pix = out.pix, to.c_row = out.row, to.c_unit = out.unit;
+    if (d_.residual) to.res = x.p + o0 * x.row, to.r_pix = x.pix, to.r_row = x.row, to.r_unit = x.unit;
+
+    const std::ptrdiff_t middle_plane = static_cast<std::ptrdiff_t>(o1 - o0) * g.w2 * kUnit;
+    for (int c0 = 0; d_.expand && c0 < ue; c0 += p.chunk) {
+      const int c1 = std::min(ue, c0 + p.chunk);
+      const std::ptrdiff_t b_unit = static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit;
+      GemmArgs a = in;
+      a.b = weight(Stage::expand) + c0 * b_unit, a.b_unit = b_unit;
+      a.bias = bias(Stage::expand) + c0 * kUnit;
+      a.act = d_.act[1], a.units = c1 - c0, a.rows = rows;
+      if (!mid) {
+        if (d_.project) {
+          a.c = middle, a.c_pix = kUnit, a.c_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit, a.c_unit = middle_plane;
+        } else {
+          a.c = to.c + c0 * to.c_unit, a.c_pix = to.c_pix, a.c_row = to.c_row, a.c_unit = to.c_unit;
+          if (to.res != nullptr) a.res = to.res + c0 * to.r_unit, a.r_pix = to.r_pix, a.r_row = to.r_row, a.r_unit = to.r_unit;
+          if (c1 == ue) a.n_last = n_last;
+        }
+        gemm_split(k, t, a);
+      } else {
+        // a thread expands its own units and runs the mid depthwise on them: no barrier in between
+        const Range u = split(c1 - c0, t.n, t.tid);
+        float* base = expanded + (p.ring ? static_cast<std::ptrdiff_t>(c0) * plane2 : 0);
+        for (int i = u.lo; i < u.hi; ++i) {
+          for (int e = n0; e < n1; ++e) {
+            float* row = base + i * plane2 + ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
+            std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
+            std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
+          }
+        }
+        // rows of the ring are consecutive but for the wrap
+        for (int e = n0; u.lo < u.hi && e < n1;) {
+          const int slot = (p.ring ? e : e - e0) % p.ring_rows;
+          const int n = std::min(n1 - e, p.ring_rows - slot);
+          GemmArgs s = a;
+          s.a += (e - n0) * s.a_row;
+          s.rows = n, s.units = u.hi - u.lo;
+          s.b += u.lo * b_unit, s.bias += u.lo * kUnit;
+          s.c = base + u.lo * plane2 + slot * pitch2 + g.left2 * kUnit;
+          s.c_pix = kUnit, s.c_row = pitch2, s.c_unit = plane2;
+          k.gemm(s);
+          e += n;
+        }
+        for (int r0 = o0; r0 < o1; r0 += kRowsAtOnce) {
+          std::ptrdiff_t off[kRowsAtOnce * 5];
+          const int n = std::min(kRowsAtOnce, o1 - r0);
+          for (int r = 0; r < n; ++r) {
+            for (int ky = 0; ky < k2; ++ky) {
+              const int e = (r0 + r) * s2 - g.top2 + ky;
+              off[r * k2 + ky] = e < 0 || e >= g.h1 ? -1 : ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
+            }
+          }
+          for (int i = u.lo; i < u.hi; ++i) {
+            DepthwiseArgs m;
+            m.src = base + i * plane2, m.row_off = off, m.kernel = k2, m.stride = s2;
+            m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + i) * k2 * k2 * kUnit;
+            m.bias = bias(Stage::mid) + (c0 + i) * kUnit;
+            m.dst = middle + i * middle_plane + static_cast<std::ptrdiff_t>(r0 - o0) * g.w2 * kUnit;
+            m.dst_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit;
+            m.rows = n, m.cols = g.w2, m.act = d_.act[2];
+            k.depthwise(m);
+          }
+        }
+      }
+      t.sync();
+      if (!d_.project) continue;
+      GemmArgs b = to;
+      b.a = middle, b.a_pix = kUnit, b.a_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit, b.a_blk = middle_plane;
+      b.k_blocks = c1 - c0, b.k_len = kUnit, b.k_last = std::min(kUnit, d_.c_mid - (c1 - 1) * kUnit);
+      b.b = weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit;
+      b.b_unit = static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit;
+      b.bias = bias(Stage::project);
+      b.units = uo, b.n_last = n_last, b.rows = o1 - o0, b.cols = g.w2;
+      b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3];
+      gemm_split(k, t, b);
+      t.sync();
+    }
+    if (!d_.expand && d_.project) {
+      GemmArgs b = in;
+      b.c = to.c, b.c_pix = to.c_pix, b.c_row = to.c_row, b.c_unit = to.c_unit;
+      b.res = to.res, b.r_pix = to.r_pix, b.r_row = to.r_row, b.r_unit = to.r_unit;
+      b.b = weight(Stage::project), b.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit, b.bias = bias(Stage::project);
+      b.units = uo, b.n_last = n_last, b.rows = rows, b.act = d_.act[3];
+      gemm_split(k, t, b);
+      t.sync();
+    }
+  }
+}
+
+// Without a mid depthwise rows are independent: with enough pixels each thread takes its own rows and needs no barrier.
+bool Block::split_rows(const Geometry& g, int threads) const {
+  if (has(Stage::mid) || g.h2 < 2 * threads) return false;
+  return d_.expand_kernel > 1 || static_cast<long long>(g.h2) * g.w2 >= 196LL * threads;
+}
+
+void Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {
+  const Geometry g = geometry(d_, h, w);
+  const int n_last = padded || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit;
+  auto member = [&](const Plan& p, int tid, int team, float* base) {
+    Team t;
+    t.tid = tid, t.n = team, t.barrier = r.barrier;
+    t.shared = base;
+    t.local = base + p.shared() + tid * p.local;
+    return t;
+  };
+  // whole images first, one thread each; what is left over is shared
+  const int whole = n / r.n * r.n;
+  const Plan solo = plan(g, g.h2, 1);
+  for (int i = r.tid * (whole / r.n); i < (r.tid + 1) * (whole / r.n); ++i) {
+    run_rows(*r.kernels, member(solo, 0, 1, r.scratch(r.tid)), x.at(i), out.at(i), n_last, g, 0, g.h2);
+  }
+  if (whole == n) return;
+  if (split_rows(g, r.n)) {
+    const Range rows = split(g.h2, r.n, r.tid);
+    const Plan part = plan(g, rows.hi - rows.lo, 1);
+    for (int i = whole; i < n; ++i) {
+      run_rows(*r.kernels, member(part, 0, 1, r.scratch(r.tid)), x.at(i), out.at(i), n_last, g, rows.lo, rows.hi);
+    }
+    return;
+  }
+  const Plan team = plan(g, g.h2, r.n);
+  if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
+  for (int i = whole; i < n; ++i) {
+    run_rows(*r.kernels, member(team, r.tid, r.n, r.arena), x.at(i), out.at(i), n_last, g, 0, g.h2);
+    if (r.n > 1) r.barrier->wait(r.tid, r.n);
+  }
+}
+
+std::size_t Block::scratch_floats(int h, int w, int threads) const {
+  const Geometry g = geometry(d_, h, w);
+  auto need = [&](int rows, int team) {
+    const Plan p = plan(g, rows, team);
+    return round_line((p.shared() + p.local * team + team - 1) / team);
+  };
+  std::size_t most = need(g.h2, 1);
+  if (threads > 1) {
+    most = std::max(most, need(g.h2, threads));
+    if (split_rows(g, threads)) most = std::max(most, std::max(need(g.h2 / threads, 1), need((g.h2 + threads - 1) / threads, 1)));
+  }
+  return most;
+}
+
+}  // namespace mnv4

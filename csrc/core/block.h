@@ -1,0 +1,141 @@
+// One MobileNetV4 convolution block: start depthwise, expand (1x1 or dense), mid depthwise, project; each stage optional.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/kernels.h"
+#include "core/parallel.h"
+
+namespace mnv4 {
+
+enum class Stage : int { start = 0, expand = 1, mid = 2, project = 3 };
+inline constexpr int kStages = 4;
+
+struct BlockDesc {
+  int c_in = 0, c_mid = 0, c_out = 0;
+  int start_kernel = 0, start_stride = 1;
+  bool expand = false;
+  int expand_kernel = 1, expand_stride = 1;
+  int mid_kernel = 0, mid_stride = 1;
+  bool project = false;
+  bool residual = false;
+  bool same_padding = false;  // TF SAME instead of k / 2 on both sides
+  Act act[kStages] = {Act::none, Act::none, Act::none, Act::none};
+};
+
+/// Empty when the description is valid, otherwise what is wrong (argument, value, expectation).
+std::string check(const BlockDesc& d);
+
+/// Sizes after the front (start depthwise or dense expand) and after the mid depthwise, and the padding before each.
+struct Geometry {
+  int h = 0, w = 0, h1 = 0, w1 = 0, h2 = 0, w2 = 0;
+  int top1 = 0, left1 = 0, right1 = 0;
+  int top2 = 0, left2 = 0, right2 = 0;
+};
+Geometry geometry(const BlockDesc& d, int h, int w);
+
+/// How one range of output rows is walked. Sizes in floats.
+struct Plan {
+  int band = 1;             // output rows of a band
+  int chunk = 1;            // units of the expanded activation handled together
+  bool ring = false;        // expanded rows stay from band to band (all units kept); otherwise the halo is computed again
+  int ring_rows = 0;        // rows of the expanded activation kept
+  std::size_t front = 0;    // shared: output of the start depthwise, or the zero-bordered input of a dense convolution
+  std::size_t expanded = 0; // shared: ring of expanded rows (only with a mid depthwise)
+  std::size_t middle = 0;   // shared: input of the project stage
+  std::size_t local = 0;    // of each thread: zero-bordered input rows of one unit
+  std::size_t shared() const { return front + expanded + middle; }
+};
+
+/// The threads that work on one image together, and their scratch.
+struct Team {
+  int tid = 0, n = 1;
+  Barrier* barrier = nullptr;
+  float* shared = nullptr;
+  float* local = nullptr;
+  void sync() const {
+    if (n > 1) barrier->wait(tid, n);
+  }
+};
+
+/// Addresses of the parameters of one stage: contiguous float32, null where absent.
+struct StageParams {
+  const float *weight = nullptr, *bias = nullptr;
+  const float *bn_weight = nullptr, *bn_bias = nullptr, *bn_mean = nullptr, *bn_var = nullptr;
+  double eps = 0.0;
+  const float* gamma = nullptr;
+};
+
+struct AlignedFree {
+  void operator()(float* p) const;
+};
+using Buffer = std::unique_ptr<float[], AlignedFree>;
+/// 64-byte aligned, zeroed. Null when there is no memory.
+Buffer make_buffer(std::size_t floats);
+
+/// Folds BatchNorm and layer scale in float64 and writes [unit][k][16] and [unit][16].
+/// Weight is [c_out, c_in, kernel, kernel]; k runs over kernel row, kernel column, input channel.
+void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, float* weight, float* bias);
+/// The same for depthwise weights [channels, 1, kernel, kernel]: [unit][kernel * kernel][16] and [unit][16].
+void pack_depthwise(const StageParams& p, int channels, int kernel, float* weight, float* bias);
+
+/// What the threads of a parallel region share while they walk a list of operations.
+struct Region {
+  const KernelTable* kernels = nullptr;
+  Barrier* barrier = nullptr;
+  float* arena = nullptr;           // scratch_floats of each thread, one after the other
+  std::size_t scratch_floats = 0;   // of one thread
+  int tid = 0, n = 1;
+  float* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
+};
+
+class Block {
+ public:
+  explicit Block(const BlockDesc& d);
+
+  const BlockDesc& desc() const { return d_; }
+  bool has(Stage s) const;
+  /// False when the block has no such stage.
+  bool pack(Stage s, const StageParams& p);
+  bool packed() const;
+
+  /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit.
+  void run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;
+  /// Scratch of one thread in floats.
+  std::size_t scratch_floats(int h, int w, int threads) const;
+  /// True when the input is copied row by row, so that any channel stride will do.
+  bool any_channel_stride() const { return has(Stage::start) || d_.expand_kernel > 1; }
+
+  std::size_t blob_floats() const { return total_; }
+  const float* blob() const { return data_.get(); }
+  /// Takes a copy of packed parameters of the same description.
+  void adopt(const float* blob);
+
+ private:
+  Plan plan(const Geometry& g, int rows, int team) const;
+  bool split_rows(const Geometry& g, int threads) const;
+  void run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g, int y0, int y1) const;
+  const float* weight(Stage s) const { return data_.get() + weight_[static_cast<int>(s)]; }
+  const float* bias(Stage s) const { return data_.get() + bias_[static_cast<int>(s)]; }
+
+  BlockDesc d_;
+  std::size_t weight_[kStages] = {}, bias_[kStages] = {}, total_ = 0;
+  bool done_[kStages] = {};
+  Buffer data_;
+};
+
+/// The half-open part of n that thread tid of `parts` takes.
+struct Range {
+  int lo, hi;
+};
+inline Range split(int n, int parts, int tid) {
+  return {static_cast<int>(static_cast<long long>(n) * tid / parts), static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
+}
+
+/// Runs a product with its units and pixels dealt out over a team.
+void gemm_split(const KernelTable& k, const Team& t, GemmArgs g);
+
+}  // namespace mnv4

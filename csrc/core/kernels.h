@@ -1,0 +1,72 @@
+// The kernel table: one row per instruction set, filled by csrc/isa/*.cpp and chosen once at run time.
+#pragma once
+
+#include "core/types.h"
+
+namespace mnv4 {
+
+// C[pixel][unit] (+)= A[pixel][k] * B[unit][k], k running over k_blocks runs of consecutive floats of A.
+// A dense k x k convolution is the same product with one run of k * c_in floats per kernel row.
+struct GemmArgs {
+  const float* a = nullptr;                  // first pixel, first k
+  std::ptrdiff_t a_pix = 0, a_row = 0;       // floats between pixels of a row, between rows
+  int k_blocks = 0, k_len = 0, k_last = 0;   // runs, floats of a run, floats of the last run
+  std::ptrdiff_t a_blk = 0;                  // floats between runs
+  const float* b = nullptr;                  // packed [unit][k][16]
+  std::ptrdiff_t b_unit = 0;                 // floats between units of b
+  const float* bias = nullptr;               // [unit][16]; read when first_k
+  float* c = nullptr;
+  std::ptrdiff_t c_pix = 0, c_row = 0, c_unit = 0;
+  const float* res = nullptr;                // added after the activation when last_k; may be null
+  std::ptrdiff_t r_pix = 0, r_row = 0, r_unit = 0;
+  int rows = 0, cols = 0, units = 0;
+  std::ptrdiff_t p_begin = 0, p_end = -1;    // range of pixels (row-major); -1: all
+  int n_last = kUnit;                        // channels of the last unit that exist in C and res
+  bool first_k = true, last_k = true;        // start from the bias / apply activation and residual
+  Act act = Act::none;
+};
+
+// Depthwise k x k over one unit of 16 channels, for `rows` output rows.
+struct DepthwiseArgs {
+  const float* src = nullptr;                // plane with zero borders left and right
+  const std::ptrdiff_t* row_off = nullptr;   // [rows][kernel]: offset of each input row, negative = outside of the image
+  int kernel = 3, stride = 1;
+  const float* weight = nullptr;             // [kernel * kernel][16]
+  const float* bias = nullptr;               // [16]
+  float* dst = nullptr;                      // [rows][cols][16]
+  std::ptrdiff_t dst_row = 0;
+  int rows = 0, cols = 0;
+  Act act = Act::none;
+};
+
+struct KernelTable {
+  const char* name;
+  void (*gemm)(const GemmArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
+  // copy `cols` pixels of up to 16 channels to [cols][16], zero beyond `channels`
+  void (*load_unit)(const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels, float* dst);
+  // the reverse
+  void (*store_unit)(const float* src, float* dst, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels);
+  // dst[16] += sum over `pixels` of src[pixels][16]
+  void (*sum)(const float* src, int pixels, float* dst);
+  // floating-point operations of one pass of a register-only multiply-add loop (for the measured peak)
+  double (*fma_burst)(int iterations);
+};
+
+const KernelTable& scalar_kernels();
+#if defined(MNV4_OPS_HAVE_AVX2)
+const KernelTable& avx2_kernels();
+#endif
+#if defined(MNV4_OPS_HAVE_AVX512)
+const KernelTable& avx512_kernels();
+#endif
+#if defined(MNV4_OPS_HAVE_NEON)
+const KernelTable& neon_kernels();
+#endif
+
+// Tiers this host can run, best last; `force` by name returns false when the host lacks it.
+int available_tiers(const KernelTable** out, int max);
+const KernelTable& active_kernels();
+bool force_tier(const char* name);
+
+}  // namespace mnv4

@@ -1,0 +1,59 @@
+// AVX2 + FMA tier.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "core/kernels.h"
+
+namespace mnv4 {
+namespace {
+
+#include "kernels/simd.h"
+
+struct Vec256 {
+  using reg = __m256;
+  static constexpr int W = 8;
+  static MNV4_INLINE reg zero() { return _mm256_setzero_ps(); }
+  static MNV4_INLINE reg set(float x) { return _mm256_set1_ps(x); }
+  static MNV4_INLINE reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static MNV4_INLINE void store(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static MNV4_INLINE reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static MNV4_INLINE reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
+  static MNV4_INLINE reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
+  static MNV4_INLINE reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static MNV4_INLINE reg max(reg bound, reg x) { return _mm256_max_ps(bound, x); }
+  static MNV4_INLINE reg min(reg bound, reg x) { return _mm256_min_ps(bound, x); }
+  static MNV4_INLINE reg abs(reg x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static MNV4_INLINE reg copysign(reg mag, reg sign) { return _mm256_or_ps(mag, _mm256_and_ps(set(-0.0f), sign)); }
+  static MNV4_INLINE reg round(reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static MNV4_INLINE reg pow2(reg n) {
+    const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+  }
+  static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  }
+};
+
+#include "kernels/activation.h"
+#include "kernels/depthwise.h"
+#include "kernels/gemm.h"
+#include "kernels/move.h"
+
+// 16 registers: 6 pixels x 2 vectors of accumulators
+struct Config {
+  using V = Vec256;
+  static constexpr int kTallUnits = 1, kTallRows = 6;
+  static constexpr int kWideUnits = 2, kWideRows = 2;
+  static constexpr int kFreeRows = 6;
+  static constexpr int kMaxRows = 6;
+  static constexpr int kDwCols = 6;
+};
+
+constexpr KernelTable kTable = make_table<Config>("avx2");
+
+}  // namespace
+
+const KernelTable& avx2_kernels() { return kTable; }
+
+}  // namespace mnv4

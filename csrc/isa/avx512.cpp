@@ -1,0 +1,55 @@
+// AVX-512 tier (F, BW, DQ, VL).
+#include <immintrin.h>
+
+#include <utility>
+
+#include "core/kernels.h"
+
+namespace mnv4 {
+namespace {
+
+#include "kernels/simd.h"
+
+struct Vec512 {
+  using reg = __m512;
+  static constexpr int W = 16;
+  static MNV4_INLINE reg zero() { return _mm512_setzero_ps(); }
+  static MNV4_INLINE reg set(float x) { return _mm512_set1_ps(x); }
+  static MNV4_INLINE reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static MNV4_INLINE void store(float* p, reg v) { _mm512_storeu_ps(p, v); }
+  static MNV4_INLINE reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static MNV4_INLINE reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static MNV4_INLINE reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
+  static MNV4_INLINE reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static MNV4_INLINE reg max(reg bound, reg x) { return _mm512_max_ps(bound, x); }
+  static MNV4_INLINE reg min(reg bound, reg x) { return _mm512_min_ps(bound, x); }
+  static MNV4_INLINE reg abs(reg x) { return _mm512_andnot_ps(set(-0.0f), x); }
+  static MNV4_INLINE reg copysign(reg mag, reg sign) { return _mm512_or_ps(mag, _mm512_and_ps(set(-0.0f), sign)); }
+  static MNV4_INLINE reg round(reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static MNV4_INLINE reg pow2(reg n) { return _mm512_scalef_ps(set(1.0f), n); }
+  static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+  }
+};
+
+#include "kernels/activation.h"
+#include "kernels/depthwise.h"
+#include "kernels/gemm.h"
+#include "kernels/move.h"
+
+struct Config {
+  using V = Vec512;
+  static constexpr int kTallUnits = 2, kTallRows = 14;
+  static constexpr int kWideUnits = 4, kWideRows = 6;
+  static constexpr int kFreeRows = 8;
+  static constexpr int kMaxRows = 14;
+  static constexpr int kDwCols = 8;
+};
+
+constexpr KernelTable kTable = make_table<Config>("avx512");
+
+}  // namespace
+
+const KernelTable& avx512_kernels() { return kTable; }
+
+}  // namespace mnv4
