@@ -2,10 +2,14 @@
 //
 // Modules, dicts and tensors are borrowed. Each pointer is used only after the object that holds it was found unchanged,
 // from the root (which the caller passes, alive) downwards, so nothing here keeps a module alive. The storages are kept
-// alive by aliases (detached tensors): an address that was recorded cannot be given to another tensor.
+// alive by aliases (detached tensors): an address that was recorded cannot be given to another tensor, so it stands for
+// dtype and device as well.
 #include "guard.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -31,6 +35,9 @@ constexpr bool kVersions = false;
 inline std::uint64_t dict_version(PyObject*) { return 0; }
 #endif
 
+constexpr std::size_t kAhead = 12;  // records whose memory is fetched before they are looked at
+constexpr std::size_t kHints = 9;
+
 enum Code : int { kOk = 0, kStale = 1, kStructure = 2, kTraining = 3, kHooks = 4, kOwnForward = 5, kGrad = 6 };
 
 struct Names {
@@ -49,7 +56,6 @@ const Names& names() {
 struct TensorApi {
   PyGetSetDef* version = nullptr;
   PyGetSetDef* requires_grad = nullptr;
-  PyGetSetDef* dtype = nullptr;
   PyCFunction data_ptr = nullptr;
 
   static PyGetSetDef* getset(const py::object& type, const char* name) {
@@ -61,7 +67,6 @@ struct TensorApi {
     py::object type = py::module_::import("torch").attr("Tensor");
     version = getset(type, "_version");
     requires_grad = getset(type, "requires_grad");
-    dtype = getset(type, "dtype");
     py::object d = type.attr("data_ptr");
     if (Py_TYPE(d.ptr()) == &PyMethodDescr_Type) {
       PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(d.ptr())->d_method;
@@ -105,19 +110,11 @@ bool read_requires_grad(PyObject* t) {
   return yes;
 }
 
-// address of the dtype object; torch has one per dtype and they live for ever
-const void* read_dtype(PyObject* t) {
-  PyObject* v = get(tensor_api().dtype, t, "dtype");
-  if (!v) return PyErr_Clear(), nullptr;
-  Py_DECREF(v);
-  return v;
-}
-
-inline void prefetch_lines(const char* p, int lines) {
+inline void prefetch_line(const void* p) {
 #if defined(__GNUC__)
-  for (int i = 0; p && i < lines; ++i) __builtin_prefetch(p + 64 * i);
+  __builtin_prefetch(p);
 #else
-  (void)p, (void)lines;
+  (void)p;
 #endif
 }
 
@@ -148,62 +145,61 @@ struct TensorRecord {
   bool versioned = false;
   std::int64_t version = 0;
   std::uintptr_t address = 0;
-  const void* dtype = nullptr;
-  const char *impl = nullptr, *storage = nullptr;  // only prefetched
+  // where the object behind the tensor, its storage and its version counter are: only prefetched, so a stale one does no harm
+  std::array<const char*, kHints> hints{};
 
   explicit TensorRecord(PyObject* t, int m, std::string n) : object(t), type(Py_TYPE(t)), module(m), name(std::move(n)) {
     versioned = read_version(t, version);
     if (!read_data_ptr(t, address)) address = 0;
-    dtype = read_dtype(t);
   }
   bool same() const {
     if (Py_TYPE(object) != type) return false;
     std::int64_t v = 0;
     std::uintptr_t a = 0;
     if (versioned && (!read_version(object, v) || v != version)) return false;
-    return read_data_ptr(object, a) && a == address && read_dtype(object) == dtype;
+    return read_data_ptr(object, a) && a == address;
   }
-  // where torch keeps the tensor and its storage; a wrong or stale address does no harm
   void find_hints() {
-    auto cdata = [](PyObject* o) -> const char* {
-      PyObject* v = o ? PyObject_GetAttrString(o, "_cdata") : nullptr;
-      void* p = v ? PyLong_AsVoidPtr(v) : nullptr;
-      Py_XDECREF(v);
-      if (PyErr_Occurred()) PyErr_Clear();
-      return static_cast<const char*>(p);
-    };
-    impl = cdata(object);
-    PyObject* s = PyObject_CallMethod(object, "untyped_storage", nullptr);
-    storage = cdata(s);
-    Py_XDECREF(s);
+    PyObject* v = PyObject_GetAttrString(object, "_cdata");
+    const char* impl = v ? static_cast<const char*>(PyLong_AsVoidPtr(v)) : nullptr;
+    Py_XDECREF(v);
     if (PyErr_Occurred()) PyErr_Clear();
+    hints[0] = reinterpret_cast<const char*>(object);
+    if (!impl) return;
+    for (std::size_t i = 1; i < 4; ++i) hints[i] = impl + 64 * (i - 1);
+    // the first words of any tensor: vtable, counts, then pointers, of which the first is the storage
+    for (std::size_t i = 4; i < 8; ++i) std::memcpy(&hints[i], impl + 8 * (i - 2), sizeof(char*));
+    hints[8] = hints[4] + 64;
   }
   void prefetch() const {
-    prefetch_lines(reinterpret_cast<const char*>(object), 1);
-    prefetch_lines(impl, 4);
-    prefetch_lines(storage, 2);
+    for (const char* p : hints) prefetch_line(p);
   }
 };
-
-constexpr std::size_t kAhead = 8;
 
 struct ModuleRecord {
   PyObject* object = nullptr;  // borrowed; the root is the one that the caller passes
   PyTypeObject* type = nullptr;
   int parent = -1;
-  PyObject *modules = nullptr, *parameters = nullptr, *buffers = nullptr, *hooks = nullptr, *pre_hooks = nullptr;
+  bool called = false;
+  PyObject *dict = nullptr, *modules = nullptr, *parameters = nullptr, *buffers = nullptr, *hooks = nullptr, *pre_hooks = nullptr;
   std::uint64_t v_dict = 0, v_modules = 0, v_parameters = 0, v_buffers = 0;
   bool tensors = false;
   std::vector<std::pair<PyObject*, int>> children;           // owned name, index
   std::vector<std::pair<PyObject*, PyObject*>> attributes;   // owned name, owned value
   std::vector<std::pair<PyObject*, PyObject*>> params, bufs; // owned name, borrowed tensor or None
+  void prefetch() const {
+    for (const PyObject* p : {object, dict, hooks, pre_hooks}) prefetch_line(p);
+    if (!children.empty()) prefetch_line(modules);
+    if (tensors) prefetch_line(parameters), prefetch_line(buffers);
+  }
   std::vector<TensorRecord> counters;  // num_batches_tracked: moves only while training, which writes to the module
   std::string path;
 };
 
 class Guard {
  public:
-  /// modules: (parent index, name, module); the first is the root. attributes: (module index, name, value).
+  /// modules: (parent index, name, module, called); the first is the root. Hooks and an own forward of a module that is
+  /// called as a module are its own matter. attributes: (module index, name, value).
   /// tensors: (module index, name, is a buffer, tensor or None). aliases: kept alive as long as the guard.
   Guard(const py::list& modules, const py::list& attributes, const py::list& tensors, py::list aliases)
       : aliases_(std::move(aliases)) {
@@ -212,6 +208,7 @@ class Guard {
       ModuleRecord r;
       r.parent = t[0].cast<int>();
       py::object name = t[1], module = t[2];
+      r.called = t[3].cast<bool>();
       r.object = module.ptr();
       r.type = Py_TYPE(r.object);
       const std::string own = py::cast<std::string>(name);
@@ -245,9 +242,8 @@ class Guard {
         tensors_.push_back(std::move(r));
       }
     }
-    PyObject* root = modules_.empty() ? nullptr : modules_[0].object;
-    if (!root) throw py::value_error("Guard: expected at least one module");
-    for (std::size_t i = 0; i < modules_.size(); ++i) refresh(i, modules_[i].object);
+    // no versions yet: the first check looks everything up by name
+    if (modules_.empty()) throw py::value_error("Guard: expected at least one module");
   }
 
   ~Guard() {
@@ -265,6 +261,8 @@ class Guard {
     int code = kOk;
     const std::size_t n = modules_.size();
     for (std::size_t i = 0; i < n; ++i) {
+      // the kernels have swept the caches since the last check
+      if (i + kAhead < n) modules_[i + kAhead].prefetch();
       ModuleRecord& m = modules_[i];
       PyObject* o = i == 0 ? root.ptr() : m.object;
       if (Py_TYPE(o) != m.type) return fail(kStructure, i, "its class");
@@ -273,12 +271,11 @@ class Guard {
       const bool same = kVersions && dict_version(d) == m.v_dict && (m.children.empty() || dict_version(m.modules) == m.v_modules) &&
                         (!m.tensors || (dict_version(m.parameters) == m.v_parameters && dict_version(m.buffers) == m.v_buffers));
       if (!same && (code = walk(i, o, d)) != kOk) return code;
-      // hooks of the root run outside its forward
-      if (i != 0 && (PyDict_GET_SIZE(m.hooks) != 0 || PyDict_GET_SIZE(m.pre_hooks) != 0)) return fail(kHooks, i, "hooks");
+      if (!m.called && (PyDict_GET_SIZE(m.hooks) != 0 || PyDict_GET_SIZE(m.pre_hooks) != 0)) return fail(kHooks, i, "hooks");
     }
     const std::size_t total = tensors_.size();
+    for (std::size_t i = 0; i < std::min(kAhead, total); ++i) tensors_[i].prefetch();
     for (std::size_t i = 0; i < total; ++i) {
-      // the kernels have swept the caches since the last check
       if (i + kAhead < total) tensors_[i + kAhead].prefetch();
       if (!tensors_[i].same()) return stale(tensors_[i]);
     }
@@ -314,6 +311,7 @@ class Guard {
     ModuleRecord& m = modules_[i];
     PyObject* d = instance_dict(o);
     if (!d) return false;
+    m.dict = d;
     m.modules = dict_item(d, n.modules);
     m.parameters = dict_item(d, n.parameters);
     m.buffers = dict_item(d, n.buffers);
@@ -335,10 +333,10 @@ class Guard {
     const Names& n = names();
     ModuleRecord& m = modules_[i];
     m.v_dict = 0;
-    if (i != 0 && item(d, n.forward)) return fail(kOwnForward, i, "forward");
+    if (!m.called && item(d, n.forward)) return fail(kOwnForward, i, "forward");
     for (auto& [name, value] : m.attributes) {
       PyObject* now = item(d, name);
-      if (now == value) continue;
+      if (now == value || (!now && value == Py_Ellipsis)) continue;  // ... stands for no such attribute
       if (name == n.training) return fail(kTraining, i, "training");
       const int equal = now && Py_TYPE(now) == Py_TYPE(value) ? PyObject_RichCompareBool(now, value, Py_EQ) : 0;
       if (equal < 0) PyErr_Clear();

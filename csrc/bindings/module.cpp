@@ -125,7 +125,8 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
   return {at(weight), at(bias), at(bn_weight), at(bn_bias), at(bn_mean), at(bn_var), eps, at(gamma)};
 }
 
-void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const Strides& s, Address out, Address workspace, int threads) {
+void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const Strides& s, Address out, Address workspace, int threads,
+             double* seconds = nullptr) {
   for (const Op& op : ops) {
     const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
     if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
@@ -168,7 +169,7 @@ void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const S
     in = strided_tensor(copy, row * h, 1, row, c);
   }
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, active_kernels(), in, n, h, w, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena, scratch, threads);
+  run(ops, active_kernels(), in, n, h, w, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena, scratch, threads, seconds);
 }
 
 // Program keeps the Python objects of its ops alive.
@@ -341,7 +342,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("export_blob", [](const Head& b) { return export_blob(b, 2); })
       .def("import_blob", [](Head& b, const py::bytes& blob) { import_blob(b, 2, blob); }, py::arg("blob"));
 
-  py::class_<PyProgram>(m, "Program")
+  py::class_<PyProgram> program(m, "Program");
+  program
       .def(py::init([](const py::list& ops) {
              auto p = std::make_unique<PyProgram>();
              for (const py::handle& op : ops) {
@@ -377,6 +379,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                throw std::invalid_argument("Program.run: workspace = 0, expected workspace_bytes() of memory");
              }
              run_ops(p.ops, x, n, h, w, strides, out, workspace, threads);
+           },
+           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),
+           py::arg("threads"));
+
+  program.def("profile",
+           [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace, int threads) {
+             std::vector<double> seconds(p.ops.size(), 0.0);
+             run_ops(p.ops, x, n, h, w, strides, out, workspace, threads, seconds.data());
+             return seconds;
            },
            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),
            py::arg("threads"));

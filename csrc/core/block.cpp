@@ -9,6 +9,8 @@ namespace mnv4 {
 namespace {
 
 constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
+constexpr int kPatches = 12;     // border pixels of a dense convolution handled together
+constexpr int kMaxRuns = 1024;   // runs of a dense convolution; more take the copied patches
 
 // scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
 std::size_t scratch_budget() { return cpu_info().l2 / sizeof(float) * 3 / 4; }
@@ -91,7 +93,7 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
       p.front = static_cast<std::size_t>(ui) * rows1 * g.w1 * kUnit;
       p.local = round_line(rows0 * pitch1 * kUnit);
     } else if (dense) {
-      p.front = round_line(rows0 * pitch1 * d_.c_in);
+      p.local = round_line(static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in);
     }
     if (mid) {
       p.ring_rows = rows1;
@@ -101,18 +103,16 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
     return p;
   };
   auto fits = [&](const Plan& p) { return p.shared() + p.local * team <= budget; };
-  auto even_chunk = [&](int chunk) {
-    const int parts = (ue + chunk - 1) / chunk;
-    return (ue + parts - 1) / parts;
-  };
   auto even_band = [&](int band) {
     const int parts = (rows + band - 1) / band;
     return (rows + parts - 1) / parts;
   };
 
-  const int least = std::min(ue, 8);  // a shorter reduction spends too much on re-reading the output
-  for (int chunk = ue; chunk >= least; --chunk) {
-    const Plan p = sizes(rows, even_chunk(chunk), false);
+  // the project stage sums chunk by chunk: a chunk ends where a block of the sum does, so that no plan changes a result
+  const int grain = d_.c_mid <= kSumWhole ? ue : kSumBlock / kUnit;
+  const int most = (ue + grain - 1) / grain * grain;
+  for (int chunk = most; chunk >= grain; chunk -= grain) {
+    const Plan p = sizes(rows, std::min(chunk, ue), false);
     if (fits(p)) return p;
   }
   for (int band = rows; band >= 1; --band) {
@@ -120,12 +120,12 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
     if (fits(p)) return p;
   }
   for (int band = std::min(rows, 8); band >= 1; --band) {
-    for (int chunk = ue; chunk >= 1; --chunk) {
-      const Plan p = sizes(band, even_chunk(chunk), false);
+    for (int chunk = most; chunk >= grain; chunk -= grain) {
+      const Plan p = sizes(band, std::min(chunk, ue), false);
       if (fits(p)) return p;
     }
   }
-  return sizes(1, 1, false);  // a single row of a single unit is wider than the budget
+  return sizes(1, std::min(grain, ue), false);  // a single row is wider than the budget
 }
 
 void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
@@ -173,36 +173,106 @@ void load_rows(const KernelTable& k, const View& x, int u, int channels, const G
   }
 }
 
-// one zero-bordered row in channels-last order for the dense convolution; rows outside of the image are zero
-void load_dense_row(const View& x, int channels, const Geometry& g, int y, float* dst) {
-  const std::size_t pitch = static_cast<std::size_t>(g.left1 + g.w + g.right1) * channels;
-  if (y < 0 || y >= g.h) {
-    std::memset(dst, 0, sizeof(float) * pitch);
-    return;
+// copies the k x k patch of output pixel (y, x) in the order of the packed weights, zero outside of the image
+void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int x, float* dst) {
+  const int k = d.expand_kernel, s = d.expand_stride;
+  for (int ky = 0; ky < k; ++ky) {
+    for (int kx = 0; kx < k; ++kx, dst += d.c_in) {
+      const int yy = y * s - g.top1 + ky, xx = x * s - g.left1 + kx;
+      if (yy < 0 || yy >= g.h || xx < 0 || xx >= g.w) {
+        std::memset(dst, 0, sizeof(float) * d.c_in);
+        continue;
+      }
+      const float* src = v.p + yy * v.row + xx * v.pix;
+      if (v.chan == 1) {
+        for (int c = 0; c < d.c_in; c += kUnit, src += v.unit) std::memcpy(dst + c, src, sizeof(float) * std::min(kUnit, d.c_in - c));
+        continue;
+      }
+      for (int c = 0; c < d.c_in; ++c) dst[c] = src[(c / kUnit) * v.unit + (c % kUnit) * v.chan];
+    }
   }
-  std::memset(dst, 0, sizeof(float) * g.left1 * channels);
-  std::memset(dst + (g.left1 + g.w) * channels, 0, sizeof(float) * g.right1 * channels);
-  dst += g.left1 * channels;
-  const float* row = x.p + y * x.row;
-  if (x.chan == 1 && x.unit == kUnit && x.pix == channels) {
-    std::memcpy(dst, row, sizeof(float) * g.w * channels);
-  } else if (x.chan == 1) {
-    for (int u = 0; u < units_of(channels); ++u) {
-      const int n = std::min(kUnit, channels - u * kUnit);
-      const float* src = row + u * x.unit;
-      float* out = dst + u * kUnit;
-      if (n == kUnit) {
-        for (int i = 0; i < g.w; ++i, src += x.pix, out += channels) std::memcpy(out, src, sizeof(float) * kUnit);
-      } else {
-        for (int i = 0; i < g.w; ++i, src += x.pix, out += channels) std::memcpy(out, src, sizeof(float) * n);
+}
+
+// Dense k x k convolution over output rows [y0, y1); `to` describes where row y0 goes. Pixels whose window lies inside of the image
+// read the input in place, the others a copied patch.
+void dense(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1, const GemmArgs& to) {
+  const int n = d.expand_kernel, s = d.expand_stride, taps = n * n;
+  // [ya, yb) x [xa, xb): windows inside of the image
+  auto inside = [&](int before, int size, int out, int& lo, int& hi) {
+    lo = std::min(out, (before + s - 1) / s);
+    hi = size + before >= n ? std::clamp((size + before - n) / s + 1, lo, out) : lo;
+  };
+  int ya, yb, xa, xb;
+  inside(g.top1, g.h, g.h1, ya, yb);
+  inside(g.left1, g.w, g.w1, xa, xb);
+  ya = std::clamp(ya, y0, y1), yb = std::clamp(yb, ya, y1);
+  const bool pieces = v.unit != kUnit && d.c_in % kUnit != 0;  // units of which the last is shorter
+  const int worst = v.chan != 1 || (pieces && d.c_in % 8 != 0) ? d.c_in : units_of(d.c_in) * 2;
+  if (worst * taps > kMaxRuns) yb = ya;
+
+  if (yb > ya && xb > xa) {
+    const bool pixels_apart = v.chan == 1 && v.unit == kUnit;  // channels of a pixel are consecutive
+    const bool single = v.chan != 1;                           // any layout: one term a run
+    const int ui = units_of(d.c_in);
+    // runs must be of equal length
+    GemmArgs a = to;
+    a.a = v.p + (ya * s - g.top1) * v.row + (xa * s - g.left1) * v.pix;
+    a.a_pix = s * v.pix, a.a_row = s * v.row;
+    a.rows = yb - ya, a.cols = xb - xa;
+    a.c += (ya - y0) * to.c_row + xa * to.c_pix;
+    if (a.res != nullptr) a.res += (ya - y0) * to.r_row + xa * to.r_pix;
+    std::ptrdiff_t off[kMaxRuns];
+    int runs = 0, len = 0;
+    for (int ky = 0; ky < n; ++ky) {
+      if (pixels_apart && v.pix == d.c_in) {
+        off[runs++] = ky * v.row;
+        len = n * d.c_in;
+        continue;
+      }
+      for (int kx = 0; kx < n; ++kx) {
+        const std::ptrdiff_t tap = ky * v.row + kx * v.pix;
+        if (pixels_apart) {
+          off[runs++] = tap, len = d.c_in;
+        } else if (single) {
+          for (int c = 0; c < d.c_in; ++c) off[runs++] = tap + (c / kUnit) * v.unit + (c % kUnit) * v.chan;
+          len = 1;
+        } else if (!pieces) {
+          for (int u = 0; u < ui; ++u) off[runs++] = tap + u * v.unit;
+          len = kUnit;
+        } else {
+          // 8 divides most channel counts: halves keep the runs equal
+          const int step = d.c_in % 8 == 0 ? 8 : 1;
+          for (int c = 0; c < d.c_in; c += step) off[runs++] = tap + (c / kUnit) * v.unit + c % kUnit;
+          len = step;
+        }
       }
     }
-  } else {
-    for (int c = 0; c < channels; ++c) {
-      const float* src = row + (c / kUnit) * x.unit + (c % kUnit) * x.chan;
-      for (int i = 0; i < g.w; ++i) dst[i * channels + c] = src[i * x.pix];
-    }
+    a.k_off = off, a.k_blocks = runs, a.k_len = a.k_last = len;
+    gemm_split(k, t, a);
   }
+
+  // the frame, in groups of pixels that lie on one line of the output
+  const std::ptrdiff_t terms = static_cast<std::ptrdiff_t>(taps) * d.c_in;
+  int group = 0;
+  auto line = [&](int y, int x, int count, bool down) {
+    for (int i = 0; i < count; i += kPatches, ++group) {
+      if (group % t.n != t.tid) continue;
+      const int m = std::min(kPatches, count - i);
+      for (int j = 0; j < m; ++j) load_patch(v, d, g, down ? y + i + j : y, down ? x : x + i + j, t.local + j * terms);
+      GemmArgs a = to;
+      a.a = t.local, a.a_pix = terms, a.k_blocks = 1, a.k_len = a.k_last = static_cast<int>(terms);
+      const int yy = (down ? y + i : y) - y0, xx = down ? x : x + i;
+      a.c += yy * to.c_row + xx * to.c_pix;
+      if (a.res != nullptr) a.res += yy * to.r_row + xx * to.r_pix;
+      if (down) a.c_pix = to.c_row, a.r_pix = to.r_row;
+      a.rows = 1, a.cols = m;
+      k.gemm(a);
+    }
+  };
+  for (int y = y0; y < ya; ++y) line(y, 0, g.w1, false);
+  for (int y = yb; y < y1; ++y) line(y, 0, g.w1, false);
+  for (int x = 0; x < xa; ++x) line(ya, x, yb - ya, true);
+  for (int x = xb; x < g.w1; ++x) line(ya, x, yb - ya, true);
 }
 
 }  // namespace
@@ -211,10 +281,10 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
                      int y1) const {
   const Plan p = plan(g, y1 - y0, t.n);
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid), uo = units_of(d_.c_out);
-  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid), start = has(Stage::start);
-  const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
+  const bool is_dense = d_.expand_kernel > 1, mid = has(Stage::mid), start = has(Stage::start);
+  const int k1 = d_.start_kernel, s1 = d_.start_stride;
   const int k2 = d_.mid_kernel, s2 = d_.mid_stride;
-  const std::ptrdiff_t pitch1 = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * (dense ? d_.c_in : kUnit);
+  const std::ptrdiff_t pitch1 = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
   const std::ptrdiff_t pitch2 = static_cast<std::ptrdiff_t>(g.left2 + g.w1 + g.right2) * kUnit;
   const std::ptrdiff_t plane2 = pitch2 * p.ring_rows;
   float* front = t.shared;
@@ -263,10 +333,6 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         }
       }
       t.sync();
-    } else if (dense) {
-      const Range r = split(hi - lo, t.n, t.tid);
-      for (int i = r.lo; i < r.hi; ++i) load_dense_row(x, d_.c_in, g, lo + i, front + i * pitch1);
-      t.sync();
     }
 
     // the product that reads the front or the input
@@ -274,14 +340,10 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     if (start) {
       in.a = front, in.a_pix = kUnit, in.a_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
       in.a_blk = static_cast<std::ptrdiff_t>(rows) * g.w1 * kUnit;
-    } else if (dense) {
-      in.a = front, in.a_pix = static_cast<std::ptrdiff_t>(s1) * d_.c_in, in.a_row = s1 * pitch1, in.a_blk = pitch1;
     } else {
       in.a = x.p + n0 * x.row, in.a_pix = x.pix, in.a_row = x.row, in.a_blk = x.unit;
     }
-    if (dense) {
-      in.k_blocks = k1, in.k_len = in.k_last = k1 * d_.c_in;
-    } else if (!start && x.unit == kUnit) {
+    if (!start && x.unit == kUnit) {
       in.k_blocks = 1, in.k_len = in.k_last = d_.c_in;
     } else {
       in.k_blocks = ui, in.k_len = kUnit, in.k_last = d_.c_in - (ui - 1) * kUnit;
@@ -308,7 +370,11 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           if (to.res != nullptr) a.res = to.res + c0 * to.r_unit, a.r_pix = to.r_pix, a.r_row = to.r_row, a.r_unit = to.r_unit;
           if (c1 == ue) a.n_last = n_last;
         }
-        gemm_split(k, t, a);
+        if (is_dense) {
+          dense(k, t, x, d_, g, n0, n1, a);
+        } else {
+          gemm_split(k, t, a);
+        }
       } else {
         // a thread expands its own units and runs the mid depthwise on them: no barrier in between
         const Range u = split(c1 - c0, t.n, t.tid);
@@ -383,6 +449,20 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
 bool Block::split_rows(const Geometry& g, int threads) const {
   if (has(Stage::mid) || g.h2 < 2 * threads) return false;
   return d_.expand_kernel > 1 || static_cast<long long>(g.h2) * g.w2 >= 196LL * threads;
+}
+
+void Block::run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1,
+                      float* scratch) const {
+  const Geometry g = geometry(d_, h, w);
+  const Plan p = plan(g, y1 - y0, 1);
+  Team t;
+  t.shared = scratch, t.local = scratch + p.shared();
+  run_rows(k, t, x, out, padded || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit, g, y0, y1);
+}
+
+std::size_t Block::rows_floats(int h, int w, int rows) const {
+  const Plan p = plan(geometry(d_, h, w), rows, 1);
+  return round_line(p.shared() + p.local);
 }
 
 void Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {

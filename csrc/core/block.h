@@ -106,8 +106,11 @@ class Block {
   void run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;
   /// Scratch of one thread in floats.
   std::size_t scratch_floats(int h, int w, int threads) const;
+  /// Output rows [y0, y1) of one image by one thread; x and out are addressed by absolute rows. `scratch` holds rows_floats().
+  void run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1, float* scratch) const;
+  std::size_t rows_floats(int h, int w, int rows) const;
   /// True when the input is copied row by row, so that any channel stride will do.
-  bool any_channel_stride() const { return has(Stage::start) || d_.expand_kernel > 1; }
+  bool any_channel_stride() const { return has(Stage::start) || (d_.expand_kernel > 1 && d_.c_in <= kUnit); }
 
   std::size_t blob_floats() const { return total_; }
   const float* blob() const { return data_.get(); }

@@ -6,12 +6,18 @@
 namespace mnv4 {
 
 // C[pixel][unit] (+)= A[pixel][k] * B[unit][k], k running over k_blocks runs of consecutive floats of A.
-// A dense k x k convolution is the same product with one run of k * c_in floats per kernel row.
+// A dense k x k convolution is the same product with a run for each tap (and unit of input channels).
+// Sums of more than 384 terms are cut at multiples of kSumBlock terms: the parts start from zero and are added, which keeps the
+// rounding error of long reductions at that of short ones.
+inline constexpr int kSumBlock = 256;
+inline constexpr int kSumWhole = 384;
+
 struct GemmArgs {
   const float* a = nullptr;                  // first pixel, first k
   std::ptrdiff_t a_pix = 0, a_row = 0;       // floats between pixels of a row, between rows
   int k_blocks = 0, k_len = 0, k_last = 0;   // runs, floats of a run, floats of the last run
   std::ptrdiff_t a_blk = 0;                  // floats between runs
+  const std::ptrdiff_t* k_off = nullptr;     // offsets of the runs instead of a_blk, for taps and units of a dense convolution
   const float* b = nullptr;                  // packed [unit][k][16]
   std::ptrdiff_t b_unit = 0;                 // floats between units of b
   const float* bias = nullptr;               // [unit][16]; read when first_k

@@ -45,8 +45,6 @@ struct Config {
   using V = Vec256;
   static constexpr int kTallUnits = 1, kTallRows = 6;
   static constexpr int kWideUnits = 2, kWideRows = 2;
-  static constexpr int kFreeRows = 6;
-  static constexpr int kMaxRows = 6;
   static constexpr int kDwCols = 6;
 };
 

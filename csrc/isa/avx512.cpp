@@ -39,10 +39,8 @@ struct Vec512 {
 
 struct Config {
   using V = Vec512;
-  static constexpr int kTallUnits = 2, kTallRows = 14;
+  static constexpr int kTallUnits = 2, kTallRows = 13;
   static constexpr int kWideUnits = 4, kWideRows = 6;
-  static constexpr int kFreeRows = 8;
-  static constexpr int kMaxRows = 14;
   static constexpr int kDwCols = 8;
 };
 

@@ -43,8 +43,6 @@ struct Config {
   using V = VecNeon;
   static constexpr int kTallUnits = 1, kTallRows = 6;
   static constexpr int kWideUnits = 2, kWideRows = 2;
-  static constexpr int kFreeRows = 6;
-  static constexpr int kMaxRows = 6;
   static constexpr int kDwCols = 8;
 };
 

@@ -57,8 +57,6 @@ struct Config {
   using V = Vec4;
   static constexpr int kTallUnits = 1, kTallRows = 2;
   static constexpr int kWideUnits = 2, kWideRows = 1;
-  static constexpr int kFreeRows = 2;
-  static constexpr int kMaxRows = 2;
   static constexpr int kDwCols = 4;
 };
 

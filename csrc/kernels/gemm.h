@@ -5,9 +5,11 @@ inline constexpr int kStrip = 512;  // pixels whose offsets are kept at once
 
 struct Strip {
   std::ptrdiff_t a[kStrip], c[kStrip], r[kStrip];
+  int left[kStrip];  // pixels from here to the end of the row (or of the strip)
 };
 
 // MR pixels x NU units. Packed: pixels of A are 16 floats apart, so that one base register and immediate offsets address all rows.
+// Otherwise any stride: a base register for each third pixel, the two after it by scaled index.
 template <class V, int MR, int NU, bool Packed>
 void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::ptrdiff_t* a_off, float* c,
                const std::ptrdiff_t* c_off, const float* res, const std::ptrdiff_t* r_off) {
@@ -15,22 +17,17 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
   constexpr int S = kUnit / V::W;  // vectors of a unit
   constexpr int NV = NU * S;
   reg acc[MR * NV];  // [MR, NU, S]
-  if (g.first_k) {
-    unroll<NV>([&](auto j) MNV4_LAMBDA {
-      const reg v = V::load(bias + j * V::W);
-      unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * NV + j] = v; });
-    });
-  } else {
-    unroll<MR>([&](auto m) MNV4_LAMBDA {
-      unroll<NV>([&](auto j) MNV4_LAMBDA { acc[m * NV + j] = V::load(c + c_off[m] + (j / S) * g.c_unit + (j % S) * V::W); });
-    });
-  }
+  unroll<NV>([&](auto j) MNV4_LAMBDA {
+    const reg v = g.first_k ? V::load(bias + j * V::W) : V::zero();
+    unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * NV + j] = v; });
+  });
 
   const std::ptrdiff_t bu = g.b_unit;
+  constexpr int NB = (MR + 2) / 3;
   const float* a0 = g.a + a_off[0];
-  const float* ap[MR];
-  if constexpr (!Packed) unroll<MR>([&](auto m) MNV4_LAMBDA { ap[m] = g.a + a_off[m]; });
-  auto step = [&](const float* pa, const float* pb, std::ptrdiff_t k, auto kk) MNV4_LAMBDA {
+  const std::ptrdiff_t s1 = g.a_pix, s2 = 2 * g.a_pix;
+  const float* base[NB];
+  auto step = [&](const float* pa, const float* pb, auto kk) MNV4_LAMBDA {
     reg bv[NV];
     unroll<NV>([&](auto j) MNV4_LAMBDA { bv[j] = V::load(pb + (j / S) * bu + kk * kUnit + (j % S) * V::W); });
     unroll<MR>([&](auto m) MNV4_LAMBDA {
@@ -38,26 +35,37 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
       if constexpr (Packed) {
         av = V::set(pa[m * kUnit + kk]);
       } else {
-        av = V::set(ap[m][k + kk]);
+        const float* q = base[m / 3];
+        av = V::set(m % 3 == 0 ? q[kk] : m % 3 == 1 ? q[s1 + kk] : q[s2 + kk]);
       }
       unroll<NV>([&](auto j) MNV4_LAMBDA { acc[m * NV + j] = V::fma(av, bv[j], acc[m * NV + j]); });
     });
   };
-  std::ptrdiff_t blk_off = 0;
-  for (int blk = g.k_blocks; blk > 0; --blk) {
-    const int len = blk == 1 ? g.k_last : g.k_len;
-    const float* pa = a0 + blk_off;
-    std::ptrdiff_t k = blk_off;
-    int left = len;
-    for (; left >= 4; left -= 4) {
-      unroll<4>([&](auto kk) MNV4_LAMBDA { step(pa, b, k, kk); });
-      pa += 4, k += 4, b += 4 * kUnit;
+  const std::ptrdiff_t* k_off = g.k_off;
+  for (int blk = 0; blk < g.k_blocks; ++blk) {
+    int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
+    const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
+    if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
+    auto advance = [&](int n) MNV4_LAMBDA {
+      pa += n, b += n * kUnit;
+      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
+    };
+    for (; left >= 2; left -= 2) {
+      unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
+      advance(2);
     }
-    for (; left > 0; --left) {
-      step(pa, b, k, Index<0>{});
-      ++pa, ++k, b += kUnit;
+    if (left > 0) {
+      step(pa, b, Index<0>{});
+      advance(1);
     }
-    blk_off += g.a_blk;
+  }
+
+  if (!g.first_k) {
+    unroll<MR>([&](auto m) MNV4_LAMBDA {
+      unroll<NV>([&](auto j) MNV4_LAMBDA {
+        acc[m * NV + j] = V::add(acc[m * NV + j], V::load(c + c_off[m] + (j / S) * g.c_unit + (j % S) * V::W));
+      });
+    });
   }
 
   if (g.last_k) {
@@ -104,31 +112,27 @@ MNV4_INLINE TileFn pick_tile(int mr, std::integer_sequence<int, M...>) {
   return table[mr - 1];
 }
 
-// Cfg: units and pixels of the tall tile (many pixels), of the wide tile (few pixels), and of the tile with free pixel strides.
+// Cfg: units and pixels of the tall tile (many pixels) and of the wide tile (few pixels).
 template <class Cfg, bool Packed>
 MNV4_INLINE TileFn find_tile(int mr, int nu) {
   using V = typename Cfg::V;
-  if constexpr (Packed) {
-    if (nu == 1) return pick_tile<V, 1, true>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
-    if (nu == Cfg::kTallUnits) return pick_tile<V, Cfg::kTallUnits, true>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
-    return pick_tile<V, Cfg::kWideUnits, true>(mr, std::make_integer_sequence<int, Cfg::kWideRows>{});
-  } else {
-    if (nu == 1) return pick_tile<V, 1, false>(mr, std::make_integer_sequence<int, Cfg::kFreeRows>{});
-    if (nu == Cfg::kTallUnits) return pick_tile<V, Cfg::kTallUnits, false>(mr, std::make_integer_sequence<int, Cfg::kFreeRows>{});
-    return pick_tile<V, Cfg::kWideUnits, false>(mr, std::make_integer_sequence<int, Cfg::kWideRows>{});
-  }
+  if (nu == 1) return pick_tile<V, 1, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
+  if (nu == Cfg::kTallUnits) return pick_tile<V, Cfg::kTallUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
+  return pick_tile<V, Cfg::kWideUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kWideRows>{});
 }
 
 template <class Cfg, bool Packed>
 void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, int max_rows, bool partial) {
   using V = typename Cfg::V;
-  const int tiles = (pixels + max_rows - 1) / max_rows;
   const float* b = g.b + u * g.b_unit;
   const float* bias = g.bias == nullptr ? nullptr : g.bias + u * kUnit;
-  alignas(64) float c_tmp[Cfg::kMaxRows * kUnit];
-  alignas(64) float r_tmp[Cfg::kMaxRows * kUnit];
-  for (int t = 0, p = 0; t < tiles; ++t) {
-    const int mr = (pixels - p + (tiles - t) - 1) / (tiles - t);
+  alignas(64) float c_tmp[Cfg::kTallRows * kUnit];
+  alignas(64) float r_tmp[Cfg::kTallRows * kUnit];
+  for (int p = 0; p < pixels;) {
+    // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
+    const int left = Packed ? pixels - p : s.left[p];
+    const int tiles = (left + max_rows - 1) / max_rows;
+    const int mr = (left + tiles - 1) / tiles;
     const TileFn fn = find_tile<Cfg, Packed>(mr, nu);
     float* c = g.c + u * g.c_unit;
     const float* res = g.res != nullptr && g.last_k ? g.res + u * g.r_unit : nullptr;
@@ -137,7 +141,7 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
       if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c, s.c + p, res, s.r + p);
     } else {
       // the last unit has fewer than 16 channels in C: compute in a scratch tile and copy what exists
-      std::ptrdiff_t off[Cfg::kMaxRows];
+      std::ptrdiff_t off[Cfg::kTallRows];
       for (int m = 0; m < mr; ++m) {
         off[m] = m * kUnit;
         for (int i = 0; i < g.n_last; ++i) {
@@ -157,34 +161,79 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
   }
 }
 
+// Calls f with each part of the reduction; see kSumBlock.
+template <class F>
+MNV4_INLINE void for_sum_blocks(const GemmArgs& g, F f) {
+  const int total = (g.k_blocks - 1) * g.k_len + g.k_last;
+  if (total <= kSumWhole) return f(g);
+  for (int k = 0, blk = 0; k < total;) {
+    GemmArgs part = g;
+    part.b += static_cast<std::ptrdiff_t>(k) * kUnit;
+    int terms;
+    if (g.k_blocks == 1) {
+      part.a += k;
+      terms = total - k < kSumBlock ? total - k : kSumBlock;
+      part.k_len = part.k_last = terms;
+    } else {
+      // whole runs, as many as reach the block size
+      const int runs = (kSumBlock + g.k_len - 1) / g.k_len;
+      const bool end = blk + runs >= g.k_blocks;
+      part.k_blocks = end ? g.k_blocks - blk : runs;
+      part.k_last = end ? g.k_last : g.k_len;
+      if (g.k_off != nullptr) {
+        part.k_off += blk;
+      } else {
+        part.a += blk * g.a_blk;
+      }
+      terms = (part.k_blocks - 1) * g.k_len + part.k_last;
+      blk += part.k_blocks;
+    }
+    part.first_k = g.first_k && k == 0;
+    part.last_k = g.last_k && k + terms == total;
+    f(part);
+    k += terms;
+  }
+}
+
 template <class Cfg, bool Packed>
 void gemm_strip(const GemmArgs& g, const Strip& s, int pixels) {
   const int full = g.n_last == kUnit ? g.units : g.units - 1;
   const bool wide = pixels <= Cfg::kWideRows;
   const int step = wide ? Cfg::kWideUnits : Cfg::kTallUnits;
-  const int rows = Packed ? Cfg::kTallRows : Cfg::kFreeRows;
+  constexpr int rows = Cfg::kTallRows;
   int u = 0;
-  for (; u + step <= full; u += step) gemm_units<Cfg, Packed>(g, s, pixels, u, step, wide ? Cfg::kWideRows : rows, false);
-  if (wide && Cfg::kTallUnits < Cfg::kWideUnits) {
-    for (; u + Cfg::kTallUnits <= full; u += Cfg::kTallUnits) gemm_units<Cfg, Packed>(g, s, pixels, u, Cfg::kTallUnits, rows, false);
-  }
-  for (; u < full; ++u) gemm_units<Cfg, Packed>(g, s, pixels, u, 1, rows, false);
-  if (full < g.units) gemm_units<Cfg, Packed>(g, s, pixels, full, 1, rows, true);
+  auto run = [&](int nu, int max_rows, bool partial) {
+    for_sum_blocks(g, [&](const GemmArgs& part) { gemm_units<Cfg, Packed>(part, s, pixels, u, nu, max_rows, partial); });
+    u += nu;
+  };
+  while (u + step <= full) run(step, wide ? Cfg::kWideRows : rows, false);
+  while (u + Cfg::kTallUnits <= full) run(Cfg::kTallUnits, rows, false);
+  while (u < full) run(1, rows, false);
+  if (full < g.units) run(1, rows, true);
 }
 
 template <class Cfg>
 void gemm(const GemmArgs& g) {
   Strip s;
-  const bool packed = g.a_pix == kUnit && (g.rows == 1 || g.a_row == static_cast<std::ptrdiff_t>(g.cols) * kUnit);
+  const bool one_row = g.rows == 1 || g.a_row == g.cols * g.a_pix;
+  const bool packed = g.a_pix == kUnit && one_row;
   const std::ptrdiff_t end = g.p_end >= 0 ? g.p_end : static_cast<std::ptrdiff_t>(g.rows) * g.cols;
   std::ptrdiff_t y = g.p_begin / g.cols, x = g.p_begin % g.cols;
   for (std::ptrdiff_t p = g.p_begin; p < end;) {
     const int n = static_cast<int>(end - p < kStrip ? end - p : kStrip);
-    for (int i = 0; i < n; ++i) {
-      s.a[i] = y * g.a_row + x * g.a_pix;
-      s.c[i] = y * g.c_row + x * g.c_pix;
-      s.r[i] = y * g.r_row + x * g.r_pix;
-      if (++x == g.cols) x = 0, ++y;
+    for (int i = 0; i < n;) {
+      const int count = static_cast<int>(g.cols - x < n - i ? g.cols - x : n - i);
+      const std::ptrdiff_t a0 = y * g.a_row + x * g.a_pix, c0 = y * g.c_row + x * g.c_pix, r0 = y * g.r_row + x * g.r_pix;
+      for (int j = 0; j < count; ++j) {
+        s.a[i + j] = a0 + j * g.a_pix;
+        s.c[i + j] = c0 + j * g.c_pix;
+        s.left[i + j] = one_row ? n - i - j : count - j;
+      }
+      if (g.res != nullptr) {
+        for (int j = 0; j < count; ++j) s.r[i + j] = r0 + j * g.r_pix;
+      }
+      i += count, x += count;
+      if (x == g.cols) x = 0, ++y;
     }
     if (packed) {
       gemm_strip<Cfg, true>(g, s, n);

@@ -1,0 +1,59 @@
+#include <algorithm>
+
+#include "core/cpu_features.h"
+#include "core/program.h"
+
+namespace mnv4 {
+namespace {
+
+// rows of b's input that its output rows [y0, y1) read
+Range input_rows(const BlockDesc& d, const Geometry& g, int y0, int y1) {
+  return {std::max(0, y0 * d.expand_stride - g.top1), std::min(g.h, (y1 - 1) * d.expand_stride - g.top1 + d.expand_kernel)};
+}
+
+}  // namespace
+
+Pair plan_pair(const Block& a, const Block& b, int h, int w) {
+  const BlockDesc &da = a.desc(), &db = b.desc();
+  if (a.has(Stage::mid) || b.has(Stage::mid) || db.expand_kernel == 1 || db.residual) return {};
+  const Geometry ga = geometry(da, h, w), gb = geometry(db, ga.h2, ga.w2);
+  const std::size_t row = static_cast<std::size_t>(ga.w2) * units_of(da.c_out) * kUnit, l2 = cpu_info().l2 / sizeof(float);
+  if (row * ga.h2 < l2 / 2) return {};
+  Pair p;
+  const std::size_t rows = l2 / 4 / row;
+  p.band = static_cast<int>(std::max<std::size_t>(1, rows > static_cast<std::size_t>(db.expand_kernel) ? (rows - db.expand_kernel) / db.expand_stride + 1 : 1));
+  p.band = std::min(p.band, gb.h2);
+  const int most = (p.band - 1) * db.expand_stride + db.expand_kernel;
+  p.between = row * most;
+  for (int band = 1; band <= p.band; ++band) {
+    const int need = std::min(ga.h2, (band - 1) * db.expand_stride + db.expand_kernel);
+    for (int n = std::max(1, need - db.expand_kernel); n <= need; ++n) p.scratch = std::max(p.scratch, a.rows_floats(h, w, n));
+    p.scratch = std::max(p.scratch, b.rows_floats(ga.h2, ga.w2, band));
+  }
+  p.scratch += p.between;
+  return p;
+}
+
+void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, const Tensor& x, const Tensor& out, bool padded, int n,
+              int h, int w) {
+  const Geometry ga = geometry(a.desc(), h, w), gb = geometry(b.desc(), ga.h2, ga.w2);
+  float* between = r.scratch(r.tid);
+  float* scratch = between + p.between;
+  const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(ga.w2) * kUnit;
+  auto image = [&](int i, int lo, int hi) {
+    const View in = x.at(i), to = out.at(i);
+    for (int y0 = lo; y0 < hi; y0 += p.band) {
+      const int y1 = std::min(hi, y0 + p.band);
+      const Range need = input_rows(b.desc(), gb, y0, y1);
+      View mid{between - need.lo * row, (need.hi - need.lo) * row, row, kUnit, 1};
+      a.run_alone(*r.kernels, in, mid, true, h, w, need.lo, need.hi, scratch);
+      b.run_alone(*r.kernels, mid, to, padded, ga.h2, ga.w2, y0, y1, scratch);
+    }
+  };
+  const int whole = n / r.n * r.n;
+  for (int i = r.tid * (whole / r.n); i < (r.tid + 1) * (whole / r.n); ++i) image(i, 0, gb.h2);
+  const Range rows = split(gb.h2, r.n, r.tid);
+  for (int i = whole; i < n; ++i) image(i, rows.lo, rows.hi);
+}
+
+}  // namespace mnv4
