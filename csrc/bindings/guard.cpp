@@ -1,9 +1,9 @@
 // Guard: what the packed weights of a module were made from, and the one call that checks that all of it still stands.
 //
-// Modules, dicts and tensors are borrowed. Each pointer is used only after the object that holds it was found unchanged,
-// from the root (which the caller passes, alive) downwards, so nothing here keeps a module alive. The storages are kept
-// alive by aliases (detached tensors): an address that was recorded cannot be given to another tensor, so it stands for
-// dtype and device as well.
+// Modules, dicts and tensors are borrowed. Each pointer is used only after the object that holds it was found
+// unchanged, from the root (which the caller passes, alive) downwards, so nothing here keeps a module alive. The
+// storages are kept alive by aliases (detached tensors): an address that was recorded cannot be given to another
+// tensor, so it stands for dtype and device as well.
 #include "guard.h"
 
 #include <algorithm>
@@ -45,9 +45,12 @@ struct Names {
 };
 
 const Names& names() {
-  static const Names n = {PyUnicode_InternFromString("_modules"),       PyUnicode_InternFromString("_parameters"),
-                          PyUnicode_InternFromString("_buffers"),       PyUnicode_InternFromString("_forward_hooks"),
-                          PyUnicode_InternFromString("_forward_pre_hooks"), PyUnicode_InternFromString("training"),
+  static const Names n = {PyUnicode_InternFromString("_modules"),
+                          PyUnicode_InternFromString("_parameters"),
+                          PyUnicode_InternFromString("_buffers"),
+                          PyUnicode_InternFromString("_forward_hooks"),
+                          PyUnicode_InternFromString("_forward_pre_hooks"),
+                          PyUnicode_InternFromString("training"),
                           PyUnicode_InternFromString("forward")};
   return n;
 }
@@ -145,10 +148,12 @@ struct TensorRecord {
   bool versioned = false;
   std::int64_t version = 0;
   std::uintptr_t address = 0;
-  // where the object behind the tensor, its storage and its version counter are: only prefetched, so a stale one does no harm
+  // where the object behind the tensor, its storage and its version counter are: only prefetched, so a stale one does
+  // no harm
   std::array<const char*, kHints> hints{};
 
-  explicit TensorRecord(PyObject* t, int m, std::string n) : object(t), type(Py_TYPE(t)), module(m), name(std::move(n)) {
+  explicit TensorRecord(PyObject* t, int m, std::string n)
+      : object(t), type(Py_TYPE(t)), module(m), name(std::move(n)) {
     versioned = read_version(t, version);
     if (!read_data_ptr(t, address)) address = 0;
   }
@@ -181,12 +186,13 @@ struct ModuleRecord {
   PyTypeObject* type = nullptr;
   int parent = -1;
   bool called = false;
-  PyObject *dict = nullptr, *modules = nullptr, *parameters = nullptr, *buffers = nullptr, *hooks = nullptr, *pre_hooks = nullptr;
+  PyObject *dict = nullptr, *modules = nullptr, *parameters = nullptr, *buffers = nullptr, *hooks = nullptr,
+           *pre_hooks = nullptr;
   std::uint64_t v_dict = 0, v_modules = 0, v_parameters = 0, v_buffers = 0;
   bool tensors = false;
-  std::vector<std::pair<PyObject*, int>> children;           // owned name, index
-  std::vector<std::pair<PyObject*, PyObject*>> attributes;   // owned name, owned value
-  std::vector<std::pair<PyObject*, PyObject*>> params, bufs; // owned name, borrowed tensor or None
+  std::vector<std::pair<PyObject*, int>> children;            // owned name, index
+  std::vector<std::pair<PyObject*, PyObject*>> attributes;    // owned name, owned value
+  std::vector<std::pair<PyObject*, PyObject*>> params, bufs;  // owned name, borrowed tensor or None
   void prefetch() const {
     for (const PyObject* p : {object, dict, hooks, pre_hooks}) prefetch_line(p);
     if (!children.empty()) prefetch_line(modules);
@@ -213,7 +219,8 @@ class Guard {
       r.type = Py_TYPE(r.object);
       const std::string own = py::cast<std::string>(name);
       const int index = static_cast<int>(modules_.size());
-      if (r.parent >= index || (r.parent < 0) != (index == 0)) throw py::value_error("Guard: expected a parent before its child");
+      if (r.parent >= index || (r.parent < 0) != (index == 0))
+        throw py::value_error("Guard: expected a parent before its child");
       if (r.parent >= 0) {
         const std::string& above = modules_[r.parent].path;
         r.path = above.empty() ? own : above + "." + own;
@@ -268,10 +275,12 @@ class Guard {
       if (Py_TYPE(o) != m.type) return fail(kStructure, i, "its class");
       PyObject* d = instance_dict(o);
       if (!d) return fail(kStructure, i, "its __dict__");
-      const bool same = kVersions && dict_version(d) == m.v_dict && (m.children.empty() || dict_version(m.modules) == m.v_modules) &&
-                        (!m.tensors || (dict_version(m.parameters) == m.v_parameters && dict_version(m.buffers) == m.v_buffers));
+      const bool same =
+          kVersions && dict_version(d) == m.v_dict && (m.children.empty() || dict_version(m.modules) == m.v_modules) &&
+          (!m.tensors || (dict_version(m.parameters) == m.v_parameters && dict_version(m.buffers) == m.v_buffers));
       if (!same && (code = walk(i, o, d)) != kOk) return code;
-      if (!m.called && (PyDict_GET_SIZE(m.hooks) != 0 || PyDict_GET_SIZE(m.pre_hooks) != 0)) return fail(kHooks, i, "hooks");
+      if (!m.called && (PyDict_GET_SIZE(m.hooks) != 0 || PyDict_GET_SIZE(m.pre_hooks) != 0))
+        return fail(kHooks, i, "hooks");
     }
     const std::size_t total = tensors_.size();
     for (std::size_t i = 0; i < std::min(kAhead, total); ++i) tensors_[i].prefetch();
@@ -295,7 +304,8 @@ class Guard {
     return s;
   }
   ModuleRecord& at(int i) {
-    if (i < 0 || i >= static_cast<int>(modules_.size())) throw py::index_error("Guard: expected the index of a recorded module");
+    if (i < 0 || i >= static_cast<int>(modules_.size()))
+      throw py::index_error("Guard: expected the index of a recorded module");
     return modules_[i];
   }
   int fail(int code, std::size_t module, const std::string& what) {
@@ -378,13 +388,30 @@ py::tuple fingerprint(const py::list& tensors) {
                         py::bytes(reinterpret_cast<const char*>(version.data()), n * sizeof(version[0])));
 }
 
+/// A hash of the contents of float arrays, each (address, elements). Reads the memory it is given.
+std::uint64_t checksum(const py::list& arrays) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (py::handle h : arrays) {
+    auto t = py::reinterpret_borrow<py::tuple>(h);
+    const auto address = t[0].cast<std::uintptr_t>();
+    const auto count = t[1].cast<std::size_t>();
+    for (std::size_t i = 0; i < count; ++i) {
+      std::uint32_t word;
+      std::memcpy(&word, reinterpret_cast<const char*>(address) + 4 * i, sizeof word);
+      hash = (hash ^ word) * 0x100000001b3u;
+      hash ^= hash >> 29;
+    }
+  }
+  return hash;
+}
+
 }  // namespace
 
 void bind_guard(py::module_& m) {
   py::class_<Guard> guard(m, "Guard", "Checks that modules and tensors are as they were when the guard was made.");
   guard
-      .def(py::init<const py::list&, const py::list&, const py::list&, py::list>(), py::arg("modules"), py::arg("attributes"),
-           py::arg("tensors"), py::arg("aliases"))
+      .def(py::init<const py::list&, const py::list&, const py::list&, py::list>(), py::arg("modules"),
+           py::arg("attributes"), py::arg("tensors"), py::arg("aliases"))
       .def("check", &Guard::check, py::arg("root"), py::arg("grad"),
            "0: unchanged. Otherwise STALE, STRUCTURE, TRAINING, HOOKS, OWN_FORWARD or GRAD; where() names the place.")
       .def("where", &Guard::where)
@@ -395,5 +422,7 @@ void bind_guard(py::module_& m) {
   guard.attr("HOOKS") = int(kHooks);
   guard.attr("OWN_FORWARD") = int(kOwnForward);
   guard.attr("GRAD") = int(kGrad);
-  m.def("fingerprint", &fingerprint, py::arg("tensors"), "(addresses, versions) of a list of tensors or None, as bytes");
+  m.def("checksum", &checksum, py::arg("arrays"), "hash of the contents of float32 arrays, each (address, elements)");
+  m.def("fingerprint", &fingerprint, py::arg("tensors"),
+        "(addresses, versions) of a list of tensors or None, as bytes");
 }

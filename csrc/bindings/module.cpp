@@ -243,7 +243,7 @@ double fma_peak(int threads, double seconds) {
 
 }  // namespace
 
-PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_core, m) {
   m.doc() = "native kernels of mnv4_ops";
   m.def("cpu_info", &cpu_dict);
   m.def("build_info", &build_dict);

@@ -67,6 +67,12 @@ void Block::adopt(const float* blob) {
   for (int i = 0; i < kStages; ++i) done_[i] = has(static_cast<Stage>(i));
 }
 
+Upcoming Block::upcoming() const {
+  if (d_.expand) return {weight(Stage::expand), static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit, units_of(d_.c_mid)};
+  if (d_.project) return {weight(Stage::project), static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, units_of(d_.c_out)};
+  return {};
+}
+
 bool Block::packed() const {
   for (int i = 0; i < kStages; ++i) {
     if (has(static_cast<Stage>(i)) && !done_[i]) return false;
@@ -362,6 +368,9 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       a.b = weight(Stage::expand) + c0 * b_unit, a.b_unit = b_unit;
       a.bias = bias(Stage::expand) + c0 * kUnit;
       a.act = d_.act[1], a.units = c1 - c0, a.rows = rows;
+      const Upcoming down{weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit,
+                          static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, uo};
+      (d_.project ? down : t.after).announce(a, t.tid, t.n);
       if (!mid) {
         if (d_.project) {
           a.c = middle, a.c_pix = kUnit, a.c_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit, a.c_unit = middle_plane;
@@ -430,6 +439,9 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       b.bias = bias(Stage::project);
       b.units = uo, b.n_last = n_last, b.rows = o1 - o0, b.cols = g.w2;
       b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3];
+      const int c2 = c1 < ue ? c1 : 0;  // the next chunk, or the first one of the next band
+      const Upcoming up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
+      (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.tid, t.n);
       gemm_split(k, t, b);
       t.sync();
     }
@@ -472,6 +484,7 @@ void Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
     Team t;
     t.tid = tid, t.n = team, t.barrier = r.barrier;
     t.shared = base;
+    t.after = r.after;
     t.local = base + p.shared() + tid * p.local;
     return t;
   };

@@ -50,12 +50,24 @@ struct Plan {
   std::size_t shared() const { return front + expanded + middle; }
 };
 
+/// The matrix that a later operation reads first, fetched towards the end of the one before it.
+struct Upcoming {
+  const float* weight = nullptr;
+  std::ptrdiff_t unit = 0;  // floats between units
+  int units = 0;
+  /// Lets thread tid of n fetch where its own part begins.
+  void announce(GemmArgs& g, int tid, int n) const {
+    if (weight != nullptr) g.then = weight + units * tid / n * unit, g.then_unit = unit;
+  }
+};
+
 /// The threads that work on one image together, and their scratch.
 struct Team {
   int tid = 0, n = 1;
   Barrier* barrier = nullptr;
   float* shared = nullptr;
   float* local = nullptr;
+  Upcoming after;  // of the next block
   void sync() const {
     if (n > 1) barrier->wait(tid, n);
   }
@@ -89,6 +101,7 @@ struct Region {
   float* arena = nullptr;           // scratch_floats of each thread, one after the other
   std::size_t scratch_floats = 0;   // of one thread
   int tid = 0, n = 1;
+  Upcoming after;
   float* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
 };
 
@@ -101,6 +114,8 @@ class Block {
   /// False when the block has no such stage.
   bool pack(Stage s, const StageParams& p);
   bool packed() const;
+  /// Weights of the first product.
+  Upcoming upcoming() const;
 
   /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit.
   void run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;

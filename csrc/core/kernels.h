@@ -20,6 +20,8 @@ struct GemmArgs {
   const std::ptrdiff_t* k_off = nullptr;     // offsets of the runs instead of a_blk, for taps and units of a dense convolution
   const float* b = nullptr;                  // packed [unit][k][16]
   std::ptrdiff_t b_unit = 0;                 // floats between units of b
+  const float* then = nullptr;               // weights that this thread reads next, fetched during the last units; may be null
+  std::ptrdiff_t then_unit = 0;              // floats between units there
   const float* bias = nullptr;               // [unit][16]; read when first_k
   float* c = nullptr;
   std::ptrdiff_t c_pix = 0, c_row = 0, c_unit = 0;

@@ -64,6 +64,8 @@ void body(void* ctx, int tid, int threads) {
       return;
     }
     const Pair pair = pair_at(ops, i, h, w);
+    const std::size_t following = i + (pair.band > 0 ? 2 : 1);
+    r.after = following < ops.size() && block(ops[following]) != nullptr ? block(ops[following])->upcoming() : Upcoming{};
     if (pair.band > 0) {
       const Geometry first = geometry(block(ops[i])->desc(), h, w);
       const BlockDesc& d = block(ops[i + 1])->desc();

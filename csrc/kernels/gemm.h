@@ -12,7 +12,7 @@ struct Strip {
 // Otherwise any stride: a base register for each third pixel, the two after it by scaled index.
 template <class V, int MR, int NU, bool Packed>
 void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::ptrdiff_t* a_off, float* c,
-               const std::ptrdiff_t* c_off, const float* res, const std::ptrdiff_t* r_off) {
+               const std::ptrdiff_t* c_off, const float* res, const std::ptrdiff_t* r_off, const char* next, std::ptrdiff_t next_step) {
   using reg = typename V::reg;
   constexpr int S = kUnit / V::W;  // vectors of a unit
   constexpr int NV = NU * S;
@@ -51,6 +51,8 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
       if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
     };
     for (; left >= 2; left -= 2) {
+      __builtin_prefetch(next, 0, 2);
+      next += next_step;
       unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
       advance(2);
     }
@@ -104,7 +106,7 @@ void gelu_tile(const GemmArgs& g, int mr, int nu, float* c, const std::ptrdiff_t
 }
 
 using TileFn = void (*)(const GemmArgs&, const float*, const float*, const std::ptrdiff_t*, float*, const std::ptrdiff_t*,
-                        const float*, const std::ptrdiff_t*);
+                        const float*, const std::ptrdiff_t*, const char*, std::ptrdiff_t);
 
 template <class V, int NU, bool Packed, int... M>
 MNV4_INLINE TileFn pick_tile(int mr, std::integer_sequence<int, M...>) {
@@ -121,14 +123,25 @@ MNV4_INLINE TileFn find_tile(int mr, int nu) {
   return pick_tile<V, Cfg::kWideUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kWideRows>{});
 }
 
+// The weights that come after the ones at hand: memory delivers them while the tiles compute.
+struct Next {
+  const float* p;
+  std::ptrdiff_t unit;
+};
+
 template <class Cfg, bool Packed>
-void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, int max_rows, bool partial) {
+void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, int max_rows, bool partial, Next next) {
   using V = typename Cfg::V;
   const float* b = g.b + u * g.b_unit;
   const float* bias = g.bias == nullptr ? nullptr : g.bias + u * kUnit;
   alignas(64) float c_tmp[Cfg::kTallRows * kUnit];
   alignas(64) float r_tmp[Cfg::kTallRows * kUnit];
-  for (int p = 0; p < pixels;) {
+  // tile i fetches a part of unit i % nu of what comes next: 128 / rounds bytes every two steps of k
+  const int terms = (g.k_blocks - 1) * g.k_len + g.k_last;
+  const int all = (pixels + max_rows - 1) / max_rows, rounds = all > nu ? all / nu : 1;
+  for (int p = 0, tile = 0; p < pixels; ++tile) {
+    const char* fetch = reinterpret_cast<const char*>(next.p + (tile % nu) * next.unit) + terms * 64ll / rounds * (tile / nu);
+    const std::ptrdiff_t step = next.p != b ? 128 / rounds : 0;
     // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
     const int left = Packed ? pixels - p : s.left[p];
     const int tiles = (left + max_rows - 1) / max_rows;
@@ -137,7 +150,7 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
     float* c = g.c + u * g.c_unit;
     const float* res = g.res != nullptr && g.last_k ? g.res + u * g.r_unit : nullptr;
     if (!partial) {
-      fn(g, b, bias, s.a + p, c, s.c + p, res, s.r + p);
+      fn(g, b, bias, s.a + p, c, s.c + p, res, s.r + p, fetch, step);
       if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c, s.c + p, res, s.r + p);
     } else {
       // the last unit has fewer than 16 channels in C: compute in a scratch tile and copy what exists
@@ -151,7 +164,7 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
         for (int i = g.n_last; i < kUnit; ++i) c_tmp[m * kUnit + i] = r_tmp[m * kUnit + i] = 0.0f;
       }
       const float* r = res != nullptr ? r_tmp : nullptr;
-      fn(g, b, bias, s.a + p, c_tmp, off, r, off);
+      fn(g, b, bias, s.a + p, c_tmp, off, r, off, fetch, step);
       if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c_tmp, off, r, off);
       for (int m = 0; m < mr; ++m) {
         for (int i = 0; i < g.n_last; ++i) c[s.c[p + m] + i] = c_tmp[m * kUnit + i];
@@ -161,11 +174,11 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
   }
 }
 
-// Calls f with each part of the reduction; see kSumBlock.
+// Calls f(part, end) with each part of the reduction; see kSumBlock.
 template <class F>
 MNV4_INLINE void for_sum_blocks(const GemmArgs& g, F f) {
   const int total = (g.k_blocks - 1) * g.k_len + g.k_last;
-  if (total <= kSumWhole) return f(g);
+  if (total <= kSumWhole) return f(g, true);
   for (int k = 0, blk = 0; k < total;) {
     GemmArgs part = g;
     part.b += static_cast<std::ptrdiff_t>(k) * kUnit;
@@ -190,7 +203,7 @@ MNV4_INLINE void for_sum_blocks(const GemmArgs& g, F f) {
     }
     part.first_k = g.first_k && k == 0;
     part.last_k = g.last_k && k + terms == total;
-    f(part);
+    f(part, k + terms == total);
     k += terms;
   }
 }
@@ -203,7 +216,18 @@ void gemm_strip(const GemmArgs& g, const Strip& s, int pixels) {
   constexpr int rows = Cfg::kTallRows;
   int u = 0;
   auto run = [&](int nu, int max_rows, bool partial) {
-    for_sum_blocks(g, [&](const GemmArgs& part) { gemm_units<Cfg, Packed>(part, s, pixels, u, nu, max_rows, partial); });
+    for_sum_blocks(g, [&](const GemmArgs& part, bool end) {
+      const float* b = part.b + u * g.b_unit;
+      Next next{b, 0};  // nothing
+      if (!end) {
+        next = {b + static_cast<std::ptrdiff_t>((part.k_blocks - 1) * part.k_len + part.k_last) * kUnit, g.b_unit};
+      } else if (u + nu < g.units) {
+        next = {g.b + (u + nu) * g.b_unit, g.b_unit};
+      } else if (g.then != nullptr) {
+        next = {g.then, g.then_unit};
+      }
+      gemm_units<Cfg, Packed>(part, s, pixels, u, nu, max_rows, partial, next);
+    });
     u += nu;
   };
   while (u + step <= full) run(step, wide ? Cfg::kWideRows : rows, false);

@@ -1,0 +1,122 @@
+"""The native library. Addresses are ints (`Tensor.data_ptr()`), strides are in elements, sizes in bytes."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+class CpuInfo(TypedDict):
+    model: str
+    features: list[str]
+    l1d: int
+    l2: int
+    l3: int
+    tiers: list[str]
+    tier: str
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    tiers: list[str]
+
+def cpu_info() -> CpuInfo: ...
+def build_info() -> BuildInfo: ...
+def set_tier(name: str) -> None: ...
+def openmp_runtime() -> str | None: ...
+def fma_peak(threads: int = 1, seconds: float = 0.2) -> float: ...  # GFLOP/s of the tier in force
+
+class Block:
+    def __init__(
+        self,
+        *,
+        c_in: int,
+        c_mid: int,
+        c_out: int,
+        start_kernel: int = 0,
+        start_stride: int = 1,
+        start_act: str = "none",
+        expand: bool = False,
+        expand_kernel: int = 1,
+        expand_stride: int = 1,
+        expand_act: str = "none",
+        mid_kernel: int = 0,
+        mid_stride: int = 1,
+        mid_act: str = "none",
+        project: bool = False,
+        project_act: str = "none",
+        residual: bool = False,
+        padding: str = "symmetric",
+    ) -> None: ...
+    def pack(
+        self,
+        stage: int,
+        weight: int,
+        bias: int = 0,
+        bn_weight: int = 0,
+        bn_bias: int = 0,
+        bn_mean: int = 0,
+        bn_var: int = 0,
+        eps: float = 0.0,
+        gamma: int = 0,
+    ) -> None: ...
+    def output_shape(self, n: int, h: int, w: int) -> tuple[int, int, int, int]: ...
+    def run(self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, threads: int) -> None: ...
+    def scratch_bytes(self, h: int, w: int, threads: int = 1) -> int: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    def export_blob(self) -> bytes: ...
+    def import_blob(self, blob: bytes) -> None: ...
+
+class Head:
+    def __init__(
+        self,
+        *,
+        c_in: int,
+        c_feat: int = 0,
+        feat_act: str = "none",
+        c_hidden: int = 0,
+        hidden_act: str = "none",
+        classes: int = 0,
+    ) -> None: ...
+    def pack(
+        self,
+        stage: int,
+        weight: int,
+        bias: int = 0,
+        bn_weight: int = 0,
+        bn_bias: int = 0,
+        bn_mean: int = 0,
+        bn_var: int = 0,
+        eps: float = 0.0,
+        gamma: int = 0,
+    ) -> None: ...
+    def run(self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, threads: int) -> None: ...
+    def output_features(self) -> int: ...
+    def scratch_bytes(self, h: int, w: int, threads: int = 1) -> int: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    def export_blob(self) -> bytes: ...
+    def import_blob(self, blob: bytes) -> None: ...
+
+class Program:
+    def __init__(self, ops: Sequence[Block | Head]) -> None: ...
+    def output_shape(self, n: int, h: int, w: int) -> tuple[int, ...]: ...
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int = 1) -> int: ...
+    def scratch_bytes(self, h: int, w: int, threads: int = 1) -> int: ...
+    def run(
+        self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, workspace: int, threads: int
+    ) -> None: ...
+
+class Guard:
+    """Notices when modules or their tensors are no longer what they were when it was made."""
+
+    STALE: int
+    STRUCTURE: int
+    TRAINING: int
+    HOOKS: int
+    OWN_FORWARD: int
+    GRAD: int
+    def __init__(self, modules: list[Any], attributes: list[Any], tensors: list[Any], aliases: list[Any]) -> None: ...
+    def check(self, root: Any, grad: bool) -> int: ...
+    def where(self) -> str: ...
+    def __len__(self) -> int: ...
+
+def fingerprint(tensors: list[Any]) -> tuple[bytes, bytes]: ...

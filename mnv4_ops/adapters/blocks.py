@@ -1,0 +1,113 @@
+"""Stages put together to the fused ops: the arithmetic is the same whatever library the modules come from."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, Spec, UIBSpec
+
+from .layers import ABSENT, Stage, padding_of
+from .record import Part, Recorder, Unsupported
+
+
+def _part(rec: Recorder, node: int, slot: str, spec: Spec, op: str, params: list, eps: list, *args: object) -> Part:
+    return Part(node, slot, rec.path(node) if slot == "block" else slot, spec, op, params, eps, args)
+
+
+def _spec(rec: Recorder, node: int, cls: type, *args: object, **fields: object) -> Spec:
+    try:
+        return cls(*args, **fields)
+    except (TypeError, ValueError) as error:
+        raise Unsupported(f"{rec.path(node) or 'block'}: {error}") from None
+
+
+def _params(*stages: Stage | None) -> tuple[list[Tensor | None], list[float]]:
+    params: list[Tensor | None] = []
+    for s in stages:
+        params += ABSENT if s is None else s.params
+    return params, [0.0 if s is None else s.eps for s in stages]
+
+
+def _plain_act(rec: Recorder, node: int, stage: Stage | None, name: str) -> None:
+    if stage is not None and stage.act != "none":
+        raise Unsupported(f"{rec.path(node, name)}: an activation ({stage.act}) here has no kernel")
+
+
+def uib(
+    rec: Recorder,
+    node: int,
+    start: Stage | None,
+    expand: Stage,
+    mid: Stage | None,
+    project: Stage,
+    gamma: Tensor | None,
+    residual: bool,
+) -> Part:
+    for name, stage in (("dw_start", start), ("dw_mid", mid)):
+        if stage is not None and not stage.depthwise:
+            raise Unsupported(f"{rec.path(node, name)}: a convolution of {stage.groups} groups has no kernel here")
+    for name, stage in (("pw_exp", expand), ("pw_proj", project)):
+        if (stage.kernel, stage.stride, stage.groups) != (1, 1, 1):
+            raise Unsupported(f"{rec.path(node, name)}: only a 1x1 convolution has a kernel here")
+    _plain_act(rec, node, start, "dw_start")
+    _plain_act(rec, node, project, "pw_proj")
+    if start is not None and mid is not None and start.stride != 1:
+        raise Unsupported(f"{rec.path(node, 'dw_start')}: stride {start.stride} before a mid depthwise has no kernel")
+    if mid is not None and mid.act != expand.act:
+        raise Unsupported(f"{rec.path(node, 'dw_mid')}: activations {expand.act} and {mid.act} in one block")
+    stride = (mid or start or expand).stride
+    padding = padding_of(rec, node, start, mid)
+    kernels = start.kernel if start else 0, mid.kernel if mid else 0
+    channels = expand.c_in, expand.c_out, project.c_out
+    spec = _spec(
+        rec, node, UIBSpec, *channels, *kernels, stride, expand.act, padding, residual, layer_scale=gamma is not None
+    )
+    params, eps = _params(start, expand, mid, project)
+    return _part(rec, node, "block", spec, "uib", [*params, gamma], eps, stride, padding, expand.act, residual)
+
+
+def fused_ib(rec: Recorder, node: int, expand: Stage, project: Stage, residual: bool) -> Part:
+    if expand.groups != 1:
+        raise Unsupported(f"{rec.path(node, 'conv_exp')}: {expand.groups} groups have no kernel")
+    if (project.kernel, project.stride, project.groups) != (1, 1, 1):
+        raise Unsupported(f"{rec.path(node, 'conv_pwl')}: only a 1x1 convolution has a kernel here")
+    _plain_act(rec, node, project, "bn2")
+    padding = padding_of(rec, node, expand)
+    spec = _spec(
+        rec, node, FusedIBSpec, expand.c_in, expand.c_out, project.c_out,
+        expand.kernel, expand.stride, expand.act, padding, residual,
+    )  # fmt: skip
+    params, eps = _params(expand, project)
+    return _part(
+        rec, node, "block", spec, "fused_ib", [*params, None], eps, expand.stride, padding, expand.act, residual
+    )
+
+
+def conv_bn_act(rec: Recorder, node: int, stage: Stage, slot: str = "block") -> Part:
+    if stage.groups != 1:
+        raise Unsupported(f"{rec.path(node, 'conv')}: {stage.groups} groups have no kernel")
+    padding = padding_of(rec, node, stage)
+    spec = _spec(rec, node, ConvSpec, stage.c_in, stage.c_out, stage.kernel, stage.stride, stage.act, padding)
+    params, eps = _params(stage)
+    return _part(rec, node, slot, spec, "conv_bn_act", params, eps, stage.stride, padding, stage.act)
+
+
+def head(rec: Recorder, node: int, hidden: Stage, linear: Stage | None, c_in: int, slot: str) -> Part:
+    """Pool, 1x1 + act, classifier; `merge_feat` adds the 1x1 before the pool."""
+    if (hidden.kernel, hidden.stride, hidden.groups) != (1, 1, 1):
+        raise Unsupported(f"{rec.path(node, 'conv_head')}: only a 1x1 convolution has a kernel here")
+    spec = _spec(rec, node, HeadSpec, c_in, 0, hidden.c_out, linear.c_out if linear else 0, hidden.act)
+    params, eps = _params(None, hidden, linear)
+    return _part(rec, node, slot, spec, "head", params, eps, hidden.act)
+
+
+def merge_feat(feat: Part, tail: Part) -> Part | None:
+    """The last 1x1 of the trunk and the head as one op, where their activations are the same."""
+    f, t = feat.spec, tail.spec
+    if not (isinstance(f, ConvSpec) and isinstance(t, HeadSpec)):
+        return None
+    if (f.kernel, f.stride) != (1, 1) or f.act != t.act or feat.slot != "block":
+        return None
+    spec = HeadSpec(f.c_in, f.c_out, t.c_hidden, t.classes, t.act)
+    params, eps = [*feat.params, *tail.params[6:]], [*feat.eps, *tail.eps[1:]]
+    return Part(tail.node, f"{tail.slot}+feat", tail.name, spec, "head", params, eps, tail.args)

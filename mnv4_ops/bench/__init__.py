@@ -1,0 +1,10 @@
+"""Honest timing: correctness gate first, every variant interleaved in one pinned process, medians with quantiles.
+
+timing.py    the interleaved clock          machine.py  cores, pinning, environment
+inputs.py    models, weights, photographs   gate.py     "is it the same answer?"
+run.py       the whole of `mnv4-ops bench`  cell.py     one (model, batch, threads)
+blocks.py    one row per block
+isolate.py   a fresh process per cell
+report.py    tables, Markdown, JSON
+peers/       what it is compared with, one file each
+"""

@@ -1,0 +1,40 @@
+"""OpenVINO's CPU plug-in: latency hint, fp32 kept as fp32."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mnv4_ops.bench.peers import _onnx
+from mnv4_ops.bench.peers.base import Peer
+
+
+class OpenVino(Peer):
+    name = "openvino"
+    label = "OpenVINO"
+    requires = ("openvino", "onnx")
+
+    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
+        import openvino as ov
+
+        core = ov.Core()
+        network = core.read_model(io.BytesIO(_onnx.export(model, example)))
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            # the process is pinned already
+            "ENABLE_CPU_PINNING": False,
+        }
+        request = core.compile_model(network, "CPU", settings).create_infer_request()
+        array = example.numpy()
+        request.set_input_tensor(ov.Tensor(array, shared_memory=True))
+
+        def run(_keep: Any = array) -> Any:
+            request.infer()
+            return request.get_output_tensor().data
+
+        return run

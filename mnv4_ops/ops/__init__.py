@@ -1,0 +1,82 @@
+"""The ops `torch.ops.mnv4.*`: one fused block per call, from raw parameters.
+
+Opaque to compilers, inference only. `layout` says what `params` and `eps` hold; packed weights are looked up in
+`mnv4_ops.cache`, so nothing that depends on the machine enters a graph or an exported file. Inputs may have any
+strides; outputs are canonical channels_last (`[N, features]` for the head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnv4_ops import cache
+
+from . import cpu
+from .layout import LAYOUTS, Layout, check_input, empty_output
+
+__all__ = ["BACKENDS", "SCHEMAS"]
+
+SCHEMAS = {
+    "uib": "(Tensor x, Tensor?[] params, float[] eps, int stride, str padding, str act, bool residual) -> Tensor",
+    "fused_ib": "(Tensor x, Tensor?[] params, float[] eps, int stride, str padding, str act, bool residual) -> Tensor",
+    "conv_bn_act": "(Tensor x, Tensor?[] params, float[] eps, int stride, str padding, str act) -> Tensor",
+    "pointwise": "(Tensor x, Tensor?[] params, float[] eps, str act, bool residual) -> Tensor",
+    "depthwise": "(Tensor x, Tensor?[] params, float[] eps, int stride, str padding, str act) -> Tensor",
+    "depthwise_pointwise": "(Tensor x, Tensor?[] params, float[] eps, int stride, str padding, str depthwise_act, "
+    "str act, bool residual) -> Tensor",
+    "head": "(Tensor x, Tensor?[] params, float[] eps, str act) -> Tensor",
+}
+# a backend is a module with build, pack, run and unavailable, under torch's dispatch key
+BACKENDS = {"CPU": cpu}
+
+_library = torch.library.Library("mnv4", "DEF")
+
+
+def _layout(op: str, x: Tensor, params: Any, eps: Any, args: tuple[Any, ...]) -> Layout:
+    """Checks everything, in the order input, parameters, both together."""
+    check_input(op, x, None)
+    channels = (x.shape[1],) if op == "head" else ()
+    layout = LAYOUTS[op](params, eps, *args, *channels)
+    check_input(op, x, layout.c_in)
+    for t in params:
+        if t is not None and t.device != x.device:
+            raise ValueError(f"mnv4::{op}: expected params on {x.device} like x, got {t.device}")
+    return layout
+
+
+def _kernel(op: str, backend: Any) -> Callable[..., Tensor]:
+    def run(x: Tensor, params: list[Tensor | None], eps: list[float], *args: Any) -> Tensor:
+        layout = _layout(op, x, params, eps, args)
+        native = cache.packed_for_tensors(layout, params, eps, backend)
+        return backend.run(native, layout, x.resolve_neg())
+
+    return run
+
+
+def _fake(op: str) -> Callable[..., Tensor]:
+    def run(x: Tensor, params: list[Tensor | None], eps: list[float], *args: Any) -> Tensor:
+        return empty_output(_layout(op, x, params, eps, args), x)
+
+    return run
+
+
+def _no_backward(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"mnv4::{op}: expected no call of backward, the fused ops are for inference only; "
+            "run the original modules (mnv4_ops.disable()) to train"
+        )
+
+    return backward
+
+
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema)
+    for _key, _backend in BACKENDS.items():
+        _library.impl(_op, _kernel(_op, _backend), _key)
+    torch.library.register_fake(f"mnv4::{_op}", _fake(_op), lib=_library)
+    torch.library.register_autograd(f"mnv4::{_op}", _no_backward(_op), lib=_library)
