@@ -3,19 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "core/cpu_features.h"
 
 namespace mnv4 {
 namespace {
 
 constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
-constexpr int kPatches = 12;     // border pixels of a dense convolution handled together
-constexpr int kMaxRuns = 1024;   // runs of a dense convolution; more take the copied patches
-
-// scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
-std::size_t scratch_budget() { return cpu_info().l2 / sizeof(float) * 3 / 4; }
-
-std::size_t round_line(std::size_t floats) { return (floats + 15) / 16 * 16; }
 
 }  // namespace
 
@@ -80,60 +72,6 @@ bool Block::packed() const {
   return true;
 }
 
-// Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring that keeps
-// all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
-Plan Block::plan(const Geometry& g, int rows, int team) const {
-  const std::size_t budget = scratch_budget() * team;
-  const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);
-  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid);
-  const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
-  const std::size_t pitch1 = static_cast<std::size_t>(g.left1) + g.w + g.right1;
-  const std::size_t pitch2 = static_cast<std::size_t>(g.left2 + g.w1 + g.right2) * kUnit;
-
-  auto sizes = [&](int band, int chunk, bool ring) {
-    Plan p;
-    p.band = band, p.chunk = chunk, p.ring = ring;
-    const int rows1 = mid ? std::min(g.h1, (band - 1) * d_.mid_stride + d_.mid_kernel) : band;  // rows after the front
-    const int rows0 = k1 > 0 ? (rows1 - 1) * s1 + k1 : 0;
-    if (has(Stage::start)) {
-      p.front = static_cast<std::size_t>(ui) * rows1 * g.w1 * kUnit;
-      p.local = round_line(rows0 * pitch1 * kUnit);
-    } else if (dense) {
-      p.local = round_line(static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in);
-    }
-    if (mid) {
-      p.ring_rows = rows1;
-      p.expanded = static_cast<std::size_t>(ring ? ue : chunk) * rows1 * pitch2;
-    }
-    if (d_.project && d_.expand) p.middle = static_cast<std::size_t>(chunk) * band * g.w2 * kUnit;
-    return p;
-  };
-  auto fits = [&](const Plan& p) { return p.shared() + p.local * team <= budget; };
-  auto even_band = [&](int band) {
-    const int parts = (rows + band - 1) / band;
-    return (rows + parts - 1) / parts;
-  };
-
-  // the project stage sums chunk by chunk: a chunk ends where a block of the sum does, so that no plan changes a result
-  const int grain = d_.c_mid <= kSumWhole ? ue : kSumBlock / kUnit;
-  const int most = (ue + grain - 1) / grain * grain;
-  for (int chunk = most; chunk >= grain; chunk -= grain) {
-    const Plan p = sizes(rows, std::min(chunk, ue), false);
-    if (fits(p)) return p;
-  }
-  for (int band = rows; band >= 1; --band) {
-    const Plan p = sizes(even_band(band), ue, mid);
-    if (fits(p)) return p;
-  }
-  for (int band = std::min(rows, 8); band >= 1; --band) {
-    for (int chunk = most; chunk >= grain; chunk -= grain) {
-      const Plan p = sizes(band, std::min(chunk, ue), false);
-      if (fits(p)) return p;
-    }
-  }
-  return sizes(1, std::min(grain, ue), false);  // a single row is wider than the budget
-}
-
 void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
   const int pixels = g.rows * g.cols;
   if (t.n == 1) {
@@ -164,10 +102,6 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
 
 namespace {
 
-struct Front {
-  int kernel, stride, top, left, right;
-};
-
 // copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders; returns offsets by row
 void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi, float* dst) {
   const std::ptrdiff_t pitch = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
@@ -177,108 +111,6 @@ void load_rows(const KernelTable& k, const View& x, int u, int channels, const G
     std::memset(row + (g.left1 + g.w) * kUnit, 0, sizeof(float) * g.right1 * kUnit);
     k.load_unit(x.p + u * x.unit + y * x.row, x.pix, x.chan, g.w, channels, row + g.left1 * kUnit);
   }
-}
-
-// copies the k x k patch of output pixel (y, x) in the order of the packed weights, zero outside of the image
-void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int x, float* dst) {
-  const int k = d.expand_kernel, s = d.expand_stride;
-  for (int ky = 0; ky < k; ++ky) {
-    for (int kx = 0; kx < k; ++kx, dst += d.c_in) {
-      const int yy = y * s - g.top1 + ky, xx = x * s - g.left1 + kx;
-      if (yy < 0 || yy >= g.h || xx < 0 || xx >= g.w) {
-        std::memset(dst, 0, sizeof(float) * d.c_in);
-        continue;
-      }
-      const float* src = v.p + yy * v.row + xx * v.pix;
-      if (v.chan == 1) {
-        for (int c = 0; c < d.c_in; c += kUnit, src += v.unit) std::memcpy(dst + c, src, sizeof(float) * std::min(kUnit, d.c_in - c));
-        continue;
-      }
-      for (int c = 0; c < d.c_in; ++c) dst[c] = src[(c / kUnit) * v.unit + (c % kUnit) * v.chan];
-    }
-  }
-}
-
-// Dense k x k convolution over output rows [y0, y1); `to` describes where row y0 goes. Pixels whose window lies inside of the image
-// read the input in place, the others a copied patch.
-void dense(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1, const GemmArgs& to) {
-  const int n = d.expand_kernel, s = d.expand_stride, taps = n * n;
-  // [ya, yb) x [xa, xb): windows inside of the image
-  auto inside = [&](int before, int size, int out, int& lo, int& hi) {
-    lo = std::min(out, (before + s - 1) / s);
-    hi = size + before >= n ? std::clamp((size + before - n) / s + 1, lo, out) : lo;
-  };
-  int ya, yb, xa, xb;
-  inside(g.top1, g.h, g.h1, ya, yb);
-  inside(g.left1, g.w, g.w1, xa, xb);
-  ya = std::clamp(ya, y0, y1), yb = std::clamp(yb, ya, y1);
-  const bool pieces = v.unit != kUnit && d.c_in % kUnit != 0;  // units of which the last is shorter
-  const int worst = v.chan != 1 || (pieces && d.c_in % 8 != 0) ? d.c_in : units_of(d.c_in) * 2;
-  if (worst * taps > kMaxRuns) yb = ya;
-
-  if (yb > ya && xb > xa) {
-    const bool pixels_apart = v.chan == 1 && v.unit == kUnit;  // channels of a pixel are consecutive
-    const bool single = v.chan != 1;                           // any layout: one term a run
-    const int ui = units_of(d.c_in);
-    // runs must be of equal length
-    GemmArgs a = to;
-    a.a = v.p + (ya * s - g.top1) * v.row + (xa * s - g.left1) * v.pix;
-    a.a_pix = s * v.pix, a.a_row = s * v.row;
-    a.rows = yb - ya, a.cols = xb - xa;
-    a.c += (ya - y0) * to.c_row + xa * to.c_pix;
-    if (a.res != nullptr) a.res += (ya - y0) * to.r_row + xa * to.r_pix;
-    std::ptrdiff_t off[kMaxRuns];
-    int runs = 0, len = 0;
-    for (int ky = 0; ky < n; ++ky) {
-      if (pixels_apart && v.pix == d.c_in) {
-        off[runs++] = ky * v.row;
-        len = n * d.c_in;
-        continue;
-      }
-      for (int kx = 0; kx < n; ++kx) {
-        const std::ptrdiff_t tap = ky * v.row + kx * v.pix;
-        if (pixels_apart) {
-          off[runs++] = tap, len = d.c_in;
-        } else if (single) {
-          for (int c = 0; c < d.c_in; ++c) off[runs++] = tap + (c / kUnit) * v.unit + (c % kUnit) * v.chan;
-          len = 1;
-        } else if (!pieces) {
-          for (int u = 0; u < ui; ++u) off[runs++] = tap + u * v.unit;
-          len = kUnit;
-        } else {
-          // 8 divides most channel counts: halves keep the runs equal
-          const int step = d.c_in % 8 == 0 ? 8 : 1;
-          for (int c = 0; c < d.c_in; c += step) off[runs++] = tap + (c / kUnit) * v.unit + c % kUnit;
-          len = step;
-        }
-      }
-    }
-    a.k_off = off, a.k_blocks = runs, a.k_len = a.k_last = len;
-    gemm_split(k, t, a);
-  }
-
-  // the frame, in groups of pixels that lie on one line of the output
-  const std::ptrdiff_t terms = static_cast<std::ptrdiff_t>(taps) * d.c_in;
-  int group = 0;
-  auto line = [&](int y, int x, int count, bool down) {
-    for (int i = 0; i < count; i += kPatches, ++group) {
-      if (group % t.n != t.tid) continue;
-      const int m = std::min(kPatches, count - i);
-      for (int j = 0; j < m; ++j) load_patch(v, d, g, down ? y + i + j : y, down ? x : x + i + j, t.local + j * terms);
-      GemmArgs a = to;
-      a.a = t.local, a.a_pix = terms, a.k_blocks = 1, a.k_len = a.k_last = static_cast<int>(terms);
-      const int yy = (down ? y + i : y) - y0, xx = down ? x : x + i;
-      a.c += yy * to.c_row + xx * to.c_pix;
-      if (a.res != nullptr) a.res += yy * to.r_row + xx * to.r_pix;
-      if (down) a.c_pix = to.c_row, a.r_pix = to.r_row;
-      a.rows = 1, a.cols = m;
-      k.gemm(a);
-    }
-  };
-  for (int y = y0; y < ya; ++y) line(y, 0, g.w1, false);
-  for (int y = yb; y < y1; ++y) line(y, 0, g.w1, false);
-  for (int x = 0; x < xa; ++x) line(ya, x, yb - ya, true);
-  for (int x = xb; x < g.w1; ++x) line(ya, x, yb - ya, true);
 }
 
 }  // namespace
@@ -380,7 +212,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           if (c1 == ue) a.n_last = n_last;
         }
         if (is_dense) {
-          dense(k, t, x, d_, g, n0, n1, a);
+          dense_rows(k, t, x, d_, g, n0, n1, a);
         } else {
           gemm_split(k, t, a);
         }

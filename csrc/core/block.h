@@ -153,6 +153,13 @@ inline Range split(int n, int parts, int tid) {
   return {static_cast<int>(static_cast<long long>(n) * tid / parts), static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
 }
 
+inline constexpr int kPatches = 12;  // border pixels of a dense convolution handled together
+
+/// Dense k x k convolution over output rows [y0, y1); `to` says where row y0 goes. Pixels whose window lies inside of the image
+/// read the input in place, the others a copied patch.
+void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
+                const GemmArgs& to);
+
 /// Runs a product with its units and pixels dealt out over a team.
 void gemm_split(const KernelTable& k, const Team& t, GemmArgs g);
 

@@ -13,6 +13,9 @@ enum class Act : std::int32_t { none = 0, relu = 1, relu6 = 2, gelu = 3 };
 
 inline constexpr int units_of(int channels) { return (channels + kUnit - 1) / kUnit; }
 
+/// Floats rounded up to whole cache lines.
+inline constexpr std::size_t round_line(std::size_t floats) { return (floats + 15) / 16 * 16; }
+
 // Address of element (c, y, x): p + (c / 16) * unit + (c % 16) * chan + y * row + x * pix. Strides in floats.
 struct View {
   float* p = nullptr;

@@ -1,0 +1,68 @@
+#include <algorithm>
+
+#include "core/block.h"
+#include "core/cpu_features.h"
+
+namespace mnv4 {
+namespace {
+
+// scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
+std::size_t scratch_budget() { return cpu_info().l2 / sizeof(float) * 3 / 4; }
+
+}  // namespace
+
+// Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring that keeps
+// all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
+Plan Block::plan(const Geometry& g, int rows, int team) const {
+  const std::size_t budget = scratch_budget() * team;
+  const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);
+  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid);
+  const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
+  const std::size_t pitch1 = static_cast<std::size_t>(g.left1) + g.w + g.right1;
+  const std::size_t pitch2 = static_cast<std::size_t>(g.left2 + g.w1 + g.right2) * kUnit;
+
+  auto sizes = [&](int band, int chunk, bool ring) {
+    Plan p;
+    p.band = band, p.chunk = chunk, p.ring = ring;
+    const int rows1 = mid ? std::min(g.h1, (band - 1) * d_.mid_stride + d_.mid_kernel) : band;  // rows after the front
+    const int rows0 = k1 > 0 ? (rows1 - 1) * s1 + k1 : 0;
+    if (has(Stage::start)) {
+      p.front = static_cast<std::size_t>(ui) * rows1 * g.w1 * kUnit;
+      p.local = round_line(rows0 * pitch1 * kUnit);
+    } else if (dense) {
+      p.local = round_line(static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in);
+    }
+    if (mid) {
+      p.ring_rows = rows1;
+      p.expanded = static_cast<std::size_t>(ring ? ue : chunk) * rows1 * pitch2;
+    }
+    if (d_.project && d_.expand) p.middle = static_cast<std::size_t>(chunk) * band * g.w2 * kUnit;
+    return p;
+  };
+  auto fits = [&](const Plan& p) { return p.shared() + p.local * team <= budget; };
+  auto even_band = [&](int band) {
+    const int parts = (rows + band - 1) / band;
+    return (rows + parts - 1) / parts;
+  };
+
+  // the project stage sums chunk by chunk: a chunk ends where a block of the sum does, so that no plan changes a result
+  const int grain = d_.c_mid <= kSumWhole ? ue : kSumBlock / kUnit;
+  const int most = (ue + grain - 1) / grain * grain;
+  for (int chunk = most; chunk >= grain; chunk -= grain) {
+    const Plan p = sizes(rows, std::min(chunk, ue), false);
+    if (fits(p)) return p;
+  }
+  for (int band = rows; band >= 1; --band) {
+    const Plan p = sizes(even_band(band), ue, mid);
+    if (fits(p)) return p;
+  }
+  for (int band = std::min(rows, 8); band >= 1; --band) {
+    for (int chunk = most; chunk >= grain; chunk -= grain) {
+      const Plan p = sizes(band, std::min(chunk, ue), false);
+      if (fits(p)) return p;
+    }
+  }
+  return sizes(1, std::min(grain, ue), false);  // a single row is wider than the budget
+}
+
+}  // namespace mnv4
