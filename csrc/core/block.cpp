@@ -309,7 +309,7 @@ std::size_t Block::rows_floats(int h, int w, int rows) const {
   return round_line(p.shared() + p.local);
 }
 
-void Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {
+bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {
   const Geometry g = geometry(d_, h, w);
   const int n_last = padded || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit;
   auto member = [&](const Plan& p, int tid, int team, float* base) {
@@ -323,24 +323,23 @@ void Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   // whole images first, one thread each; what is left over is shared
   const int whole = n / r.n * r.n;
   const Plan solo = plan(g, g.h2, 1);
-  for (int i = r.tid * (whole / r.n); i < (r.tid + 1) * (whole / r.n); ++i) {
+  r.each_image(whole, [&](int i) {
     run_rows(*r.kernels, member(solo, 0, 1, r.scratch(r.tid)), x.at(i), out.at(i), n_last, g, 0, g.h2);
-  }
-  if (whole == n) return;
+  });
+  if (whole == n) return r.n == 1;
   if (split_rows(g, r.n)) {
     const Range rows = split(g.h2, r.n, r.tid);
     const Plan part = plan(g, rows.hi - rows.lo, 1);
     for (int i = whole; i < n; ++i) {
       run_rows(*r.kernels, member(part, 0, 1, r.scratch(r.tid)), x.at(i), out.at(i), n_last, g, rows.lo, rows.hi);
     }
-    return;
+    return false;
   }
   const Plan team = plan(g, g.h2, r.n);
   if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
-  for (int i = whole; i < n; ++i) {
-    run_rows(*r.kernels, member(team, r.tid, r.n, r.arena), x.at(i), out.at(i), n_last, g, 0, g.h2);
-    if (r.n > 1) r.barrier->wait(r.tid, r.n);
-  }
+  // run_rows leaves its team synchronized
+  for (int i = whole; i < n; ++i) run_rows(*r.kernels, member(team, r.tid, r.n, r.arena), x.at(i), out.at(i), n_last, g, 0, g.h2);
+  return true;
 }
 
 std::size_t Block::scratch_floats(int h, int w, int threads) const {

@@ -1,6 +1,7 @@
 // One MobileNetV4 convolution block: start depthwise, expand (1x1 or dense), mid depthwise, project; each stage optional.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -102,6 +103,18 @@ struct Region {
   std::size_t scratch_floats = 0;   // of one thread
   int tid = 0, n = 1;
   Upcoming after;
+  std::atomic<int>* tickets = nullptr;  // images are taken as threads become free
+  int first_ticket = 0;
+  /// Calls f(i) for the images of this thread, of `whole` in all; each thread draws one ticket that is too high.
+  /// Without tickets: equal parts.
+  template <class F>
+  void each_image(int whole, F f) const {
+    if (tickets == nullptr) {
+      for (int i = tid * (whole / n); i < (tid + 1) * (whole / n); ++i) f(i);
+      return;
+    }
+    for (int i; (i = tickets->fetch_add(1, std::memory_order_relaxed) - first_ticket) < whole;) f(i);
+  }
   float* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
 };
 
@@ -117,8 +130,9 @@ class Block {
   /// Weights of the first product.
   Upcoming upcoming() const;
 
-  /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit.
-  void run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;
+  /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit. True if all threads have finished on
+  /// return, false if they still need a barrier.
+  bool run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;
   /// Scratch of one thread in floats.
   std::size_t scratch_floats(int h, int w, int threads) const;
   /// Output rows [y0, y1) of one image by one thread; x and out are addressed by absolute rows. `scratch` holds rows_floats().

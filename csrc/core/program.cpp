@@ -37,6 +37,7 @@ struct Call {
   float *out, *workspace, *arena;
   std::size_t scratch;
   double* seconds;
+  std::atomic<int> tickets{0};
   Barrier barrier{0};
 };
 
@@ -47,6 +48,7 @@ void body(void* ctx, int tid, int threads) {
   const std::vector<Op>& ops = *c.ops;
   Region r;
   r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = c.scratch, r.tid = tid, r.n = threads;
+  r.tickets = &c.tickets;
   float* half[2] = {c.workspace, c.workspace + workspace_floats(ops, c.n, c.h, c.w) / 2};
   Tensor x = c.x;
   int h = c.h, w = c.w;
@@ -73,6 +75,7 @@ void body(void* ctx, int tid, int threads) {
       const bool last = i + 2 == ops.size();
       run_pair(pair, r, *block(ops[i]), *block(ops[i + 1]), x, last ? image_tensor(c.out, d.c_out, g) : blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2), !last, c.n, h, w);
       if (threads > 1) c.barrier.wait(tid, threads);
+      r.first_ticket += c.n / threads * threads + threads;
       lap(i);
       x = blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2);
       h = g.h2, w = g.w2;
@@ -84,8 +87,8 @@ void body(void* ctx, int tid, int threads) {
     const int channels = b.desc().c_out;
     const bool last = i + 1 == ops.size();
     const Tensor to = last ? image_tensor(c.out, channels, g) : blocked_tensor(half[i % 2], channels, g.h2, g.w2);
-    b.run(r, x, to, !last, c.n, h, w);
-    if (threads > 1) c.barrier.wait(tid, threads);
+    if (!b.run(r, x, to, !last, c.n, h, w)) c.barrier.wait(tid, threads);
+    r.first_ticket += c.n / threads * threads + threads;
     lap(i);
     x = to, h = g.h2, w = g.w2;
   }
