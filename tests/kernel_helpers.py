@@ -80,16 +80,19 @@ class TestBlock:
         y = x
         for stage, layer in self.layers.items():
             name = STAGES[stage]
+            act = self.desc.get(f"{name}_act", "none")
+            scaled = self.gamma is not None and name == "project"
             y = R.conv_bn_act(
                 y,
                 R.cast(layer, x.dtype),
                 stride=self.desc.get(f"{name}_stride", 1),
-                act=self.desc.get(f"{name}_act", "none"),
+                act="none" if scaled else act,
                 padding=self.desc.get("padding", "symmetric"),
                 groups=y.shape[1] if name in ("start", "mid") else 1,
             )
-        if self.gamma is not None:
-            y = y * self.gamma.to(x.dtype).view(-1, 1, 1)
+            if scaled:
+                # the layer scale belongs to the convolution: before an activation, if there is one
+                y = R.activation(y * self.gamma.to(x.dtype).view(-1, 1, 1), act)
         return y + x if self.desc.get("residual") else y
 
 
@@ -105,7 +108,10 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "depthwise": {"c_in": 19, "c_mid": 19, "c_out": 19, "start_kernel": 3, "start_act": "ACT"},
     "pointwise": {"c_in": 19, "c_mid": 19, "c_out": 37, "project": True, "project_act": "ACT"},
     "conv1x1": {"c_in": 19, "c_mid": 37, "c_out": 37, "expand": True, "expand_act": "ACT"},
-    "conv3x3": {"c_in": 3, "c_mid": 21, "c_out": 21, "expand": True, "expand_kernel": 3, "expand_stride": 2, "expand_act": "ACT"},
+    "conv3x3": {
+        "c_in": 3, "c_mid": 21, "c_out": 21,
+        "expand": True, "expand_kernel": 3, "expand_stride": 2, "expand_act": "ACT",
+    },
     "dw+pw": {"c_in": 19, "c_mid": 19, "c_out": 37, "start_kernel": 5, "start_act": "ACT", "project": True},
     "FFN": ib(19, 53, 19, "ACT", residual=True),
     "FusedIB": ib(19, 53, 21, "ACT", expand_kernel=3, expand_stride=2),
@@ -144,8 +150,8 @@ def run(native: Any, x: Tensor, threads: int = 1) -> Tensor:
 
 
 def assert_2x(output: Tensor, plain: Tensor, truth: Tensor, sample: tuple[Tensor, Tensor] | None = None) -> None:
-    """The 2x rule [13]. `sample`: (plain, truth) of the same block on more inputs; on a handful of elements torch may be
-    exact by luck, its error is then the largest over these too.
+    """The 2x rule [13]. `sample`: (plain, truth) of the same block on more inputs; on a handful of elements torch may
+    be exact by luck, its error is then the largest over these too.
     """
     assert output.shape == truth.shape
     if truth.numel() == 0:

@@ -19,6 +19,8 @@ from mnv4_ops.spec import ACTS, PADDINGS, HeadSpec
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
 
 LAYOUTS = ("nchw", "channels_last", "sliced", "sliced_channels", "expanded", "transposed", "nhcw")
+# elements that show torch's largest error: among thousands of examples, a maximum over a few hundred is luck
+SAMPLE = 1 << 12
 CHANNELS = st.integers(1, 70)
 SIDES = st.integers(1, 20)
 # the fixtures hold for all examples of a test; hypothesis derandomizes by itself where CI is set
@@ -47,14 +49,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def image(n: int, c: int, h: int, w: int, layout: str, seed: int) -> Tensor:
+def image(n: int, c: int, h: int, w: int, layout: str, seed: int, mean: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if layout == "expanded":
         # stride 0 in one dimension
         dim = seed % 4
         shape = [1 if i == dim else size for i, size in enumerate((n, c, h, w))]
-        return torch.randn(shape, generator=generator).mul_(2).expand(n, c, h, w)
-    return laid_out(torch.randn(n, c, h, w, generator=generator).mul_(2), layout)
+        return torch.randn(shape, generator=generator).mul_(2).add_(mean).expand(n, c, h, w)
+    return laid_out(torch.randn(n, c, h, w, generator=generator).mul_(2).add_(mean), layout)
 
 
 @st.composite
@@ -87,11 +89,11 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def judge_block(block: TestBlock, x: Tensor, output: Tensor, seed: int) -> None:
-    """By the 2x rule, torch's error taken over at least 1024 elements."""
+    """By the 2x rule, torch's largest error taken over at least `SAMPLE` elements."""
     truth, plain = block.reference(x.double()), block.reference(x)
     more = None
-    if 0 < truth.numel() < 1024:
-        images = 1024 * x.shape[0] // truth.numel() + 1
+    if 0 < truth.numel() < SAMPLE:
+        images = min(SAMPLE * x.shape[0] // truth.numel() + 1, 256)
         y = image(images, *x.shape[1:], "nchw", seed + 1)
         more = block.reference(y), block.reference(y.double())
     assert_2x(output, plain, truth, more)
@@ -147,13 +149,14 @@ def test_heads(
         linear = linear._replace(weight=linear.weight.flatten(1))
     params = R.HeadParams(feat, hidden, linear)
     n, h, w = size
-    x = image(n, c_in, h, w, layout, seed)
+    # not centred, as behind a ReLU: what is pooled is of unit size
+    x = image(n, c_in, h, w, layout, seed, mean=1)
     output = run(native_block(spec, params), x, threads)
     if n == 0:
         assert output.shape == (0, spec.features)
         return
     exact = R.cast(params, torch.float64)
-    y = image(1024 // spec.features + 1, c_in, h, w, "nchw", seed + 1)
+    y = image(64, c_in, h, w, "nchw", seed + 1, mean=1)
     more = R.run(y, spec, params), R.run(y.double(), spec, exact)
     assert_2x(output, R.run(x, spec, params), R.run(x.double(), spec, exact), more)
 
@@ -206,7 +209,7 @@ def test_programs(
         assert output.numel() == 0
         return
     truth = reference(x.double())
-    y = image(1024 * n // truth.numel() + 1, *x.shape[1:], "nchw", seed + 1)
+    y = image(min(SAMPLE * n // truth.numel() + 1, 256), *x.shape[1:], "nchw", seed + 1)
     assert_2x(output, reference(x), truth, (reference(y), reference(y.double())))
 
 
@@ -248,13 +251,15 @@ def test_sums_longer_than_a_block_and_wide_rows(tier: str) -> None:
 @pytest.mark.parametrize("act", ACTS)
 def test_a_lone_depthwise_adds_the_residual_or_refuses_it(act: str, tier: str) -> None:
     block = TestBlock.random(c_in=19, c_mid=19, c_out=19, start_kernel=3, start_act=act, residual=True)
+    x = torch.randn(2, 19, 9, 8)
     try:
         native = block.native()
     except ValueError as error:
-        assert "residual" in str(error)
+        message = str(error)
+    else:
+        judge_block(block, x, run(native, x), 1)
         return
-    x = torch.randn(2, 19, 9, 8)
-    judge_block(block, x, run(native, x), 1)
+    assert "residual" in message
 
 
 @fuzz

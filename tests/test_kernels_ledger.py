@@ -11,7 +11,7 @@ from kernel_helpers import assert_2x, model_program, reference_chain, run
 
 from mnv4_ops import _native, check
 from mnv4_ops.reference import functional as R
-from mnv4_ops.spec import MODELS, HeadSpec, UIBSpec
+from mnv4_ops.spec import MODELS, HeadSpec, Spec, UIBSpec
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
 
@@ -30,28 +30,32 @@ def _core() -> Any:
     return _native.core
 
 
+def _judge(spec: Spec, height: int, width: int, seed: int, channels_last: bool) -> None:
+    """By the 2x rule, over an odd, an even and a small image at once: a maximum over few elements is luck."""
+    params = check.random_module(spec, seed).params()
+    exact, native = R.cast(params, torch.float64), check.native_block(spec, params)
+    found: list[list[torch.Tensor]] = [[], [], []]
+    generator = torch.Generator().manual_seed(seed)
+    for batch, h, w in ((2, height, width), (2, height + 1, width + 1), (3, 5, 8)):
+        x = torch.randn(batch, spec.channels[0], h, w, generator=generator)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            outputs = run(native, x), R.run(x, spec, params), R.run(x.double(), spec, exact)
+        for images, output in zip(found, outputs, strict=True):
+            images.append(output.flatten())
+    assert_2x(*map(torch.cat, found))
+
+
 @pytest.mark.parametrize("case", SMALL, ids=_id)
 def test_every_spec(case: check.Case, tier: str) -> None:
-    (result,) = check.run_case(case, [tier])
-    assert result.ok, result
+    _judge(case.spec, case.height, case.width, 0, case.channels_last)
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL if not isinstance(c.spec, HeadSpec)], ids=_id)
 def test_every_spec_with_same_padding(case: check.Case, tier: str) -> None:
-    """Odd and even sides in one judgement: even ones are where TF SAME and symmetric differ at stride 2."""
-    spec = replace(case.spec, padding="same")
-    params = check.random_module(spec, 3).params()
-    exact, native = R.cast(params, torch.float64), check.native_block(spec, params)
-    results: list[list[torch.Tensor]] = [[], [], []]
-    for more in (0, 1):
-        x = torch.randn(2, spec.channels[0], case.height + more, case.width + more)
-        if not case.channels_last:
-            x = x.to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            outputs = run(native, x), R.run(x, spec, params), R.run(x.double(), spec, exact)
-        for found, output in zip(results, outputs, strict=True):
-            found.append(output.flatten())
-    assert_2x(*map(torch.cat, results))
+    """An even side is where TF SAME and symmetric differ at stride 2."""
+    _judge(replace(case.spec, padding="same"), case.height, case.width, 3, not case.channels_last)
 
 
 @pytest.mark.parametrize("case", FULL[::5] + [c for c in FULL if c.where.endswith("stem")], ids=_id)
@@ -77,9 +81,7 @@ def test_layer_scale(case: check.Case, tier: str, size: float) -> None:
 
 @pytest.mark.parametrize("model", CONV_MODELS)
 def test_whole_models_as_one_program(model: str, tier: str) -> None:
-    """Blocks hand over blocked tensors, and the stem and the block after it may run in bands; rounding adds up over the depth,
-    for torch as well.
-    """
+    """Blocks hand over blocked tensors; the stem and the block after it may run in bands."""
     program, parts = model_program(model)
     for shape in ((1, 3, 224, 224), (2, 3, 97, 65)):
         x = torch.randn(shape)

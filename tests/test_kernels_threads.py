@@ -27,7 +27,9 @@ LARGEST: dict[str, check.Case] = {}
 for _case in check.cases():
     if _case.batch == 1 and _case.where.startswith(("conv_small", "conv_medium", "conv_large")):
         _before = LARGEST.get(_case.spec.kind)
-        if _before is None or _case.spec.macs(_case.height, _case.width) > _before.spec.macs(_before.height, _before.width):
+        if _before is None or _case.spec.macs(_case.height, _case.width) > _before.spec.macs(
+            _before.height, _before.width
+        ):
             LARGEST[_case.spec.kind] = _case
 
 

@@ -56,6 +56,7 @@ struct Arena {
 };
 thread_local Arena scratch_arena;
 thread_local Arena input_arena;
+constexpr std::size_t kKept = 1 << 20;
 
 struct Blob {
   char magic[8];
@@ -116,6 +117,24 @@ void import_blob(T& op, std::uint32_t kind, const py::bytes& bytes) {
   op.adopt(copy.data());
 }
 
+void require_least(const char* where, const char* name, int value, int least) {
+  if (value >= least) return;
+  throw std::invalid_argument(std::string(where) + ": " + name + " = " + std::to_string(value) + ", expected at least " + std::to_string(least));
+}
+
+void require_size(const char* where, int n, int h, int w) {
+  require_least(where, "n", n, 0);
+  require_least(where, "h", h, 1);
+  require_least(where, "w", w, 1);
+}
+
+template <class T>
+std::size_t scratch_bytes(const T& op, int h, int w, int threads) {
+  require_size("scratch_bytes", 0, h, w);
+  require_least("scratch_bytes", "threads", threads, 1);
+  return op.scratch_floats(h, w, threads) * sizeof(float);
+}
+
 StageParams stage_params(Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean, Address bn_var, double eps,
                          Address gamma) {
   if (weight == 0) throw std::invalid_argument("pack: weight = 0, expected the address of a float32 array");
@@ -131,10 +150,12 @@ void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const S
     const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
     if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
   }
-  if (n < 0) throw std::invalid_argument("run: n = " + std::to_string(n) + ", expected at least 0");
-  if (h < 1 || w < 1) throw std::invalid_argument("run: h x w = " + std::to_string(h) + " x " + std::to_string(w) + ", expected at least 1 x 1");
-  if (threads < 1) throw std::invalid_argument("run: threads = " + std::to_string(threads) + ", expected at least 1");
+  require_size("run", n, h, w);
+  require_least("run", "threads", threads, 1);
   if (n == 0) return;
+  if (workspace == 0 && workspace_floats(ops, n, h, w) > 0) {
+    throw std::invalid_argument("run: workspace = 0, expected the address of workspace_bytes() of memory");
+  }
   if (x == 0 || out == 0) throw std::invalid_argument("run: x or out is 0, expected addresses");
   const std::size_t scratch = scratch_floats(ops, h, w, threads);
   float* arena = scratch_arena.get(scratch * threads);
@@ -143,7 +164,11 @@ void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const S
   const int c = first != nullptr ? (*first)->desc().c_in : std::get<const Head*>(ops[0])->desc().c_in;
   const bool any = first != nullptr && (*first)->any_channel_stride() && !(*first)->desc().residual;
   float* copy = nullptr;
-  if (!any && s[1] != 1 && c > 1) copy = input_arena.get(static_cast<std::size_t>(n) * c * h * w);
+  Arena large;  // a copy of more than kKept floats lives for this call only
+  if (!any && s[1] != 1 && c > 1) {
+    const std::size_t need = static_cast<std::size_t>(n) * c * h * w;
+    copy = (need > kKept ? large : input_arena).get(need);
+  }
 
   py::gil_scoped_release release;
   if (copy != nullptr) {
@@ -294,6 +319,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
       .def("output_shape",
            [](const Block& b, int n, int h, int w) {
+             require_size("output_shape", n, h, w);
              const Geometry g = geometry(b.desc(), h, w);
              return py::make_tuple(n, b.desc().c_out, g.h2, g.w2);
            },
@@ -304,7 +330,7 @@ PYBIND11_MODULE(_core, m) {
            },
            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("threads"))
       .def("scratch_bytes",
-           [](const Block& b, int h, int w, int threads) { return b.scratch_floats(h, w, threads) * sizeof(float); },
+           &scratch_bytes<Block>,
            py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def_property_readonly("packed_bytes", [](const Block& b) { return b.blob_floats() * sizeof(float); })
       .def("export_blob", [](const Block& b) { return export_blob(b, 1); })
@@ -336,7 +362,7 @@ PYBIND11_MODULE(_core, m) {
            },
            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("threads"))
       .def("scratch_bytes",
-           [](const Head& b, int h, int w, int threads) { return b.scratch_floats(h, w, threads) * sizeof(float); },
+           &scratch_bytes<Head>,
            py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def_property_readonly("packed_bytes", [](const Head& b) { return b.blob_floats() * sizeof(float); })
       .def("export_blob", [](const Head& b) { return export_blob(b, 2); })
@@ -362,22 +388,27 @@ PYBIND11_MODULE(_core, m) {
            py::arg("ops"))
       .def("output_shape",
            [](const PyProgram& p, int n, int h, int w) -> py::tuple {
+             require_size("output_shape", n, h, w);
              const Shape s = output_shape(p.ops, n, h, w);
              if (s.h == 0) return py::make_tuple(s.n, s.c);
              return py::make_tuple(s.n, s.c, s.h, s.w);
            },
            py::arg("n"), py::arg("h"), py::arg("w"))
       .def("workspace_bytes",
-           [](const PyProgram& p, int n, int h, int w, int) { return workspace_floats(p.ops, n, h, w) * sizeof(float); },
+           [](const PyProgram& p, int n, int h, int w, int) {
+             require_size("workspace_bytes", n, h, w);
+             return workspace_floats(p.ops, n, h, w) * sizeof(float);
+           },
            py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def("scratch_bytes",
-           [](const PyProgram& p, int h, int w, int threads) { return scratch_floats(p.ops, h, w, threads) * sizeof(float); },
+           [](const PyProgram& p, int h, int w, int threads) {
+             require_size("scratch_bytes", 0, h, w);
+             require_least("scratch_bytes", "threads", threads, 1);
+             return scratch_floats(p.ops, h, w, threads) * sizeof(float);
+           },
            py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def("run",
            [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace, int threads) {
-             if (workspace == 0 && workspace_floats(p.ops, n, h, w) > 0) {
-               throw std::invalid_argument("Program.run: workspace = 0, expected workspace_bytes() of memory");
-             }
              run_ops(p.ops, x, n, h, w, strides, out, workspace, threads);
            },
            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),

@@ -53,6 +53,7 @@ std::string check(const BlockDesc& d) {
   if (d.start_kernel != 0 && d.expand_kernel != 1) return bad("expand_kernel", d.expand_kernel, "1 after a start depthwise");
   if (d.mid_kernel != 0 && d.expand_kernel != 1) return bad("mid_kernel", d.mid_kernel, "0 after a dense expand");
   if (d.expand_kernel > 1 && d.c_in * d.expand_kernel * d.expand_kernel > 1 << 20) return bad("c_in", d.c_in, "a dense window of at most 2**20 terms");
+  if (d.residual && !d.expand && !d.project) return bad("residual", 1, "0 without an expand or project stage");
   if (d.residual && (d.c_in != d.c_out || d.start_stride * d.expand_stride * d.mid_stride != 1)) {
     return bad("residual", 1, "0 unless c_in == c_out and all strides are 1");
   }

@@ -7,10 +7,10 @@ namespace mnv4 {
 
 // C[pixel][unit] (+)= A[pixel][k] * B[unit][k], k running over k_blocks runs of consecutive floats of A.
 // A dense k x k convolution is the same product with a run for each tap (and unit of input channels).
-// Sums of more than 384 terms are cut at multiples of kSumBlock terms: the parts start from zero and are added, which keeps the
-// rounding error of long reductions at that of short ones.
-inline constexpr int kSumBlock = 256;
-inline constexpr int kSumWhole = 384;
+// Sums of more than kSumWhole terms are cut at multiples of kSumBlock: each part starts from zero and is then added, which keeps the
+// rounding error of long sums at that of short ones.
+inline constexpr int kSumBlock = 128;
+inline constexpr int kSumWhole = 192;
 
 struct GemmArgs {
   const float* a = nullptr;                  // first pixel, first k
@@ -22,7 +22,7 @@ struct GemmArgs {
   std::ptrdiff_t b_unit = 0;                 // floats between units of b
   const float* then = nullptr;               // weights that this thread reads next, fetched during the last units; may be null
   std::ptrdiff_t then_unit = 0;              // floats between units there
-  const float* bias = nullptr;               // [unit][16]; read when first_k
+  const float* bias = nullptr;               // [unit][16]; added when last_k
   float* c = nullptr;
   std::ptrdiff_t c_pix = 0, c_row = 0, c_unit = 0;
   const float* res = nullptr;                // added after the activation when last_k; may be null
@@ -30,7 +30,7 @@ struct GemmArgs {
   int rows = 0, cols = 0, units = 0;
   std::ptrdiff_t p_begin = 0, p_end = -1;    // range of pixels (row-major); -1: all
   int n_last = kUnit;                        // channels of the last unit that exist in C and res
-  bool first_k = true, last_k = true;        // start from the bias / apply activation and residual
+  bool first_k = true, last_k = true;        // C is written, not added to / bias, activation and residual follow
   Act act = Act::none;
 };
 

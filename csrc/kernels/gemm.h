@@ -17,10 +17,7 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
   constexpr int S = kUnit / V::W;  // vectors of a unit
   constexpr int NV = NU * S;
   reg acc[MR * NV];  // [MR, NU, S]
-  unroll<NV>([&](auto j) MNV4_LAMBDA {
-    const reg v = g.first_k ? V::load(bias + j * V::W) : V::zero();
-    unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * NV + j] = v; });
-  });
+  unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = V::zero(); });
 
   const std::ptrdiff_t bu = g.b_unit;
   constexpr int NB = (MR + 2) / 3;
@@ -71,6 +68,11 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
   }
 
   if (g.last_k) {
+    // a bias that outweighs the sum would swallow its low bits if it came first
+    unroll<NV>([&](auto j) MNV4_LAMBDA {
+      const reg v = V::load(bias + j * V::W);
+      unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * NV + j] = V::add(acc[m * NV + j], v); });
+    });
     if (g.act == Act::relu) {
       unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = relu<V>(acc[i]); });
     } else if (g.act == Act::relu6) {

@@ -30,6 +30,21 @@ void run(const Block& block, const KernelTable& kernels, const Tensor& x, const 
       &job);
 }
 
+/// The channels that exist; those that fill the last unit may hold anything.
+bool same_bits(const std::vector<float>& first, const Guarded& output, const Tensor& out, int channels, int n, const Geometry& g) {
+  for (int i = 0; i < n; ++i) {
+    for (int c = 0; c < channels; ++c) {
+      for (int y = 0; y < g.h2; ++y) {
+        for (int x = 0; x < g.w2; ++x) {
+          const float* p = element(out, i, c, y, x);
+          if (std::memcmp(p, &first[p - output.data()], sizeof *p) != 0) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 void run_case(Random& r, int number) {
   BlockDesc d = random_desc(r, number % kKinds);
   CHECK(check(d).empty(), check(d));
@@ -91,7 +106,7 @@ void run_case(Random& r, int number) {
         check_output(output, out, padded, want, what);
         first.assign(output.data(), output.data() + out_floats);
       } else {
-        CHECK(first.empty() || std::memcmp(first.data(), output.data(), first.size() * sizeof(float)) == 0, "not the same bits, " + what);
+        CHECK(same_bits(first, output, out, d.c_out, n, g), "not the same bits, " + what);
       }
       CHECK(scratch.intact() && output.intact(), what);
     }
