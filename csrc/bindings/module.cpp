@@ -70,8 +70,22 @@ constexpr char kMagic[8] = {'m', 'n', 'v', '4', 'p', 'a', 'c', 'k'};
 constexpr std::uint32_t kBlobVersion = 1;
 
 std::array<std::int32_t, 16> numbers(const BlockDesc& d) {
-  return {d.c_in, d.c_mid, d.c_out, d.start_kernel, d.start_stride, d.expand, d.expand_kernel, d.expand_stride,
-          d.mid_kernel, d.mid_stride, d.project, d.residual, d.same_padding, 0, 0, 0};
+  return {d.c_in,
+          d.c_mid,
+          d.c_out,
+          d.start_kernel,
+          d.start_stride,
+          d.expand,
+          d.expand_kernel,
+          d.expand_stride,
+          d.mid_kernel,
+          d.mid_stride,
+          d.project,
+          d.residual,
+          d.same_padding,
+          0,
+          0,
+          0};
 }
 std::array<std::int32_t, 16> numbers(const HeadDesc& d) { return {d.c_in, d.c_feat, d.c_hidden, d.classes}; }
 
@@ -97,14 +111,17 @@ void import_blob(T& op, std::uint32_t kind, const py::bytes& bytes) {
   if (PyBytes_AsStringAndSize(bytes.ptr(), &p, &size) != 0) throw py::error_already_set();
   auto refuse = [](const std::string& what) { throw std::invalid_argument("import_blob: " + what); };
   Blob b;
-  if (size < static_cast<py::ssize_t>(sizeof b)) refuse("blob of " + std::to_string(size) + " bytes, expected at least " + std::to_string(sizeof b));
+  if (size < static_cast<py::ssize_t>(sizeof b))
+    refuse("blob of " + std::to_string(size) + " bytes, expected at least " + std::to_string(sizeof b));
   std::memcpy(&b, p, sizeof b);
   if (std::memcmp(b.magic, kMagic, sizeof kMagic) != 0) refuse("blob does not start with the magic 'mnv4pack'");
-  if (b.version != kBlobVersion) refuse("blob version " + std::to_string(b.version) + ", expected " + std::to_string(kBlobVersion));
+  if (b.version != kBlobVersion)
+    refuse("blob version " + std::to_string(b.version) + ", expected " + std::to_string(kBlobVersion));
   if (b.op != kind) refuse("blob of op kind " + std::to_string(b.op) + ", expected " + std::to_string(kind));
   if (b.dtype != 0) refuse("blob dtype " + std::to_string(b.dtype) + ", expected 0 (float32)");
   if (b.tile != kUnit || std::strncmp(b.isa, "any", sizeof b.isa) != 0) {
-    refuse("blob tile " + std::to_string(b.tile) + " for ISA '" + std::string(b.isa, strnlen(b.isa, sizeof b.isa)) + "', expected 16 for 'any'");
+    refuse("blob tile " + std::to_string(b.tile) + " for ISA '" + std::string(b.isa, strnlen(b.isa, sizeof b.isa)) +
+           "', expected 16 for 'any'");
   }
   const auto n = numbers(op.desc());
   if (std::memcmp(b.desc, n.data(), sizeof b.desc) != 0) refuse("blob was packed for another geometry");
@@ -119,7 +136,8 @@ void import_blob(T& op, std::uint32_t kind, const py::bytes& bytes) {
 
 void require_least(const char* where, const char* name, int value, int least) {
   if (value >= least) return;
-  throw std::invalid_argument(std::string(where) + ": " + name + " = " + std::to_string(value) + ", expected at least " + std::to_string(least));
+  throw std::invalid_argument(std::string(where) + ": " + name + " = " + std::to_string(value) +
+                              ", expected at least " + std::to_string(least));
 }
 
 void require_size(const char* where, int n, int h, int w) {
@@ -135,17 +153,18 @@ std::size_t scratch_bytes(const T& op, int h, int w, int threads) {
   return op.scratch_floats(h, w, threads) * sizeof(float);
 }
 
-StageParams stage_params(Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean, Address bn_var, double eps,
-                         Address gamma) {
+StageParams stage_params(Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
+                         Address bn_var, double eps, Address gamma) {
   if (weight == 0) throw std::invalid_argument("pack: weight = 0, expected the address of a float32 array");
   if ((bn_mean == 0) != (bn_var == 0)) throw std::invalid_argument("pack: expected bn_mean and bn_var together");
-  if ((bn_weight != 0 || bn_bias != 0) && bn_mean == 0) throw std::invalid_argument("pack: bn_weight or bn_bias without bn_mean and bn_var");
+  if ((bn_weight != 0 || bn_bias != 0) && bn_mean == 0)
+    throw std::invalid_argument("pack: bn_weight or bn_bias without bn_mean and bn_var");
   if (!(eps >= 0.0)) throw std::invalid_argument("pack: eps = " + std::to_string(eps) + ", expected at least 0");
   return {at(weight), at(bias), at(bn_weight), at(bn_bias), at(bn_mean), at(bn_var), eps, at(gamma)};
 }
 
-void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const Strides& s, Address out, Address workspace, int threads,
-             double* seconds = nullptr) {
+void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const Strides& s, Address out,
+             Address workspace, int threads, double* seconds = nullptr) {
   for (const Op& op : ops) {
     const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
     if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
@@ -179,22 +198,27 @@ void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const S
       Strides s;
       int n, c, h, w;
     } job{at(x), copy, s, n, c, h, w};
-    parallel_run(threads, [](void* p, int tid, int parts) {
-      const Job& j = *static_cast<Job*>(p);
-      const Range rows = split(j.n * j.h, parts, tid);
-      for (int r = rows.lo; r < rows.hi; ++r) {
-        const float* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
-        float* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
-        for (int ch = 0; ch < j.c; ++ch) {
-          for (int i = 0; i < j.w; ++i) dst[static_cast<std::ptrdiff_t>(i) * j.c + ch] = src[ch * j.s[1] + i * j.s[3]];
-        }
-      }
-    }, &job);
+    parallel_run(
+        threads,
+        [](void* p, int tid, int parts) {
+          const Job& j = *static_cast<Job*>(p);
+          const Range rows = split(j.n * j.h, parts, tid);
+          for (int r = rows.lo; r < rows.hi; ++r) {
+            const float* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
+            float* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
+            for (int ch = 0; ch < j.c; ++ch) {
+              for (int i = 0; i < j.w; ++i)
+                dst[static_cast<std::ptrdiff_t>(i) * j.c + ch] = src[ch * j.s[1] + i * j.s[3]];
+            }
+          }
+        },
+        &job);
     const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(w) * c;
     in = strided_tensor(copy, row * h, 1, row, c);
   }
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, active_kernels(), in, n, h, w, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena, scratch, threads, seconds);
+  run(ops, active_kernels(), in, n, h, w, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena,
+      scratch, threads, seconds);
 }
 
 // Program keeps the Python objects of its ops alive.
@@ -243,24 +267,28 @@ void set_tier(const std::string& name) {
 
 // Best GFLOP/s of a register-only multiply-add loop on `threads` threads at once.
 double fma_peak(int threads, double seconds) {
-  if (threads < 1) throw std::invalid_argument("fma_peak: threads = " + std::to_string(threads) + ", expected at least 1");
+  if (threads < 1)
+    throw std::invalid_argument("fma_peak: threads = " + std::to_string(threads) + ", expected at least 1");
   py::gil_scoped_release release;
   struct Job {
     const KernelTable* k;
     double seconds;
     std::vector<double> rate;
   } job{&active_kernels(), seconds, std::vector<double>(threads, 0.0)};
-  parallel_run(threads, [](void* p, int tid, int) {
-    Job& j = *static_cast<Job*>(p);
-    using clock = std::chrono::steady_clock;
-    const auto end = clock::now() + std::chrono::duration<double>(j.seconds);
-    while (clock::now() < end) {
-      const auto t0 = clock::now();
-      const double flops = j.k->fma_burst(20000);
-      const double t = std::chrono::duration<double>(clock::now() - t0).count();
-      j.rate[tid] = std::max(j.rate[tid], flops / t * 1e-9);
-    }
-  }, &job);
+  parallel_run(
+      threads,
+      [](void* p, int tid, int) {
+        Job& j = *static_cast<Job*>(p);
+        using clock = std::chrono::steady_clock;
+        const auto end = clock::now() + std::chrono::duration<double>(j.seconds);
+        while (clock::now() < end) {
+          const auto t0 = clock::now();
+          const double flops = j.k->fma_burst(20000);
+          const double t = std::chrono::duration<double>(clock::now() - t0).count();
+          j.rate[tid] = std::max(j.rate[tid], flops / t * 1e-9);
+        }
+      },
+      &job);
   double sum = 0.0;
   for (double r : job.rate) sum += r;
   return sum;
@@ -280,10 +308,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("fma_peak", &fma_peak, py::arg("threads") = 1, py::arg("seconds") = 0.2);
 
   py::class_<Block>(m, "Block")
-      .def(py::init([](int c_in, int c_mid, int c_out, int start_kernel, int start_stride, const std::string& start_act, bool expand,
-                       int expand_kernel, int expand_stride, const std::string& expand_act, int mid_kernel, int mid_stride,
-                       const std::string& mid_act, bool project, const std::string& project_act, bool residual,
-                       const std::string& padding) {
+      .def(py::init([](int c_in, int c_mid, int c_out, int start_kernel, int start_stride, const std::string& start_act,
+                       bool expand, int expand_kernel, int expand_stride, const std::string& expand_act, int mid_kernel,
+                       int mid_stride, const std::string& mid_act, bool project, const std::string& project_act,
+                       bool residual, const std::string& padding) {
              BlockDesc d;
              d.c_in = c_in, d.c_mid = c_mid, d.c_out = c_out;
              d.start_kernel = start_kernel, d.start_stride = start_stride;
@@ -301,43 +329,49 @@ PYBIND11_MODULE(_core, m) {
              require_valid("Block", check(d));
              return std::make_unique<Block>(d);
            }),
-           py::kw_only(), py::arg("c_in"), py::arg("c_mid"), py::arg("c_out"), py::arg("start_kernel") = 0, py::arg("start_stride") = 1,
-           py::arg("start_act") = "none", py::arg("expand") = false, py::arg("expand_kernel") = 1, py::arg("expand_stride") = 1,
-           py::arg("expand_act") = "none", py::arg("mid_kernel") = 0, py::arg("mid_stride") = 1, py::arg("mid_act") = "none",
-           py::arg("project") = false, py::arg("project_act") = "none", py::arg("residual") = false, py::arg("padding") = "symmetric")
-      .def("pack",
-           [](Block& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean, Address bn_var,
-              double eps, Address gamma) {
-             const StageParams p = stage_params(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, eps, gamma);
-             if (stage < 0 || stage >= kStages || !b.has(static_cast<Stage>(stage))) {
-               throw std::invalid_argument("Block.pack: stage = " + std::to_string(stage) + ", expected a stage that the block has");
-             }
-             py::gil_scoped_release release;
-             if (!b.pack(static_cast<Stage>(stage), p)) throw std::bad_alloc();
-           },
-           py::arg("stage"), py::arg("weight"), py::arg("bias") = 0, py::arg("bn_weight") = 0, py::arg("bn_bias") = 0,
-           py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
-      .def("output_shape",
-           [](const Block& b, int n, int h, int w) {
-             require_size("output_shape", n, h, w);
-             const Geometry g = geometry(b.desc(), h, w);
-             return py::make_tuple(n, b.desc().c_out, g.h2, g.w2);
-           },
-           py::arg("n"), py::arg("h"), py::arg("w"))
-      .def("run",
-           [](const Block& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-             run_ops({&b}, x, n, h, w, strides, out, 0, threads);
-           },
-           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("threads"))
-      .def("scratch_bytes",
-           &scratch_bytes<Block>,
-           py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+           py::kw_only(), py::arg("c_in"), py::arg("c_mid"), py::arg("c_out"), py::arg("start_kernel") = 0,
+           py::arg("start_stride") = 1, py::arg("start_act") = "none", py::arg("expand") = false,
+           py::arg("expand_kernel") = 1, py::arg("expand_stride") = 1, py::arg("expand_act") = "none",
+           py::arg("mid_kernel") = 0, py::arg("mid_stride") = 1, py::arg("mid_act") = "none",
+           py::arg("project") = false, py::arg("project_act") = "none", py::arg("residual") = false,
+           py::arg("padding") = "symmetric")
+      .def(
+          "pack",
+          [](Block& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
+             Address bn_var, double eps, Address gamma) {
+            const StageParams p = stage_params(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, eps, gamma);
+            if (stage < 0 || stage >= kStages || !b.has(static_cast<Stage>(stage))) {
+              throw std::invalid_argument("Block.pack: stage = " + std::to_string(stage) +
+                                          ", expected a stage that the block has");
+            }
+            py::gil_scoped_release release;
+            if (!b.pack(static_cast<Stage>(stage), p)) throw std::bad_alloc();
+          },
+          py::arg("stage"), py::arg("weight"), py::arg("bias") = 0, py::arg("bn_weight") = 0, py::arg("bn_bias") = 0,
+          py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
+      .def(
+          "output_shape",
+          [](const Block& b, int n, int h, int w) {
+            require_size("output_shape", n, h, w);
+            const Geometry g = geometry(b.desc(), h, w);
+            return py::make_tuple(n, b.desc().c_out, g.h2, g.w2);
+          },
+          py::arg("n"), py::arg("h"), py::arg("w"))
+      .def(
+          "run",
+          [](const Block& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
+            run_ops({&b}, x, n, h, w, strides, out, 0, threads);
+          },
+          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
+          py::arg("threads"))
+      .def("scratch_bytes", &scratch_bytes<Block>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def_property_readonly("packed_bytes", [](const Block& b) { return b.blob_floats() * sizeof(float); })
       .def("export_blob", [](const Block& b) { return export_blob(b, 1); })
       .def("import_blob", [](Block& b, const py::bytes& blob) { import_blob(b, 1, blob); }, py::arg("blob"));
 
   py::class_<Head>(m, "Head")
-      .def(py::init([](int c_in, int c_feat, const std::string& feat_act, int c_hidden, const std::string& hidden_act, int classes) {
+      .def(py::init([](int c_in, int c_feat, const std::string& feat_act, int c_hidden, const std::string& hidden_act,
+                       int classes) {
              HeadDesc d;
              d.c_in = c_in, d.c_feat = c_feat, d.c_hidden = c_hidden, d.classes = classes;
              d.feat_act = act_of(feat_act, "Head: feat_act"), d.hidden_act = act_of(hidden_act, "Head: hidden_act");
@@ -346,24 +380,27 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::kw_only(), py::arg("c_in"), py::arg("c_feat") = 0, py::arg("feat_act") = "none", py::arg("c_hidden") = 0,
            py::arg("hidden_act") = "none", py::arg("classes") = 0)
-      .def("pack",
-           [](Head& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean, Address bn_var,
-              double eps, Address gamma) {
-             const StageParams p = stage_params(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, eps, gamma);
-             py::gil_scoped_release release;
-             if (!b.pack(stage, p)) throw std::invalid_argument("Head.pack: stage = " + std::to_string(stage) + ", expected a stage that the head has");
-           },
-           py::arg("stage"), py::arg("weight"), py::arg("bias") = 0, py::arg("bn_weight") = 0, py::arg("bn_bias") = 0,
-           py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
+      .def(
+          "pack",
+          [](Head& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
+             Address bn_var, double eps, Address gamma) {
+            const StageParams p = stage_params(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, eps, gamma);
+            py::gil_scoped_release release;
+            if (!b.pack(stage, p))
+              throw std::invalid_argument("Head.pack: stage = " + std::to_string(stage) +
+                                          ", expected a stage that the head has");
+          },
+          py::arg("stage"), py::arg("weight"), py::arg("bias") = 0, py::arg("bn_weight") = 0, py::arg("bn_bias") = 0,
+          py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
       .def("output_features", &Head::features)
-      .def("run",
-           [](const Head& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-             run_ops({&b}, x, n, h, w, strides, out, 0, threads);
-           },
-           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("threads"))
-      .def("scratch_bytes",
-           &scratch_bytes<Head>,
-           py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def(
+          "run",
+          [](const Head& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
+            run_ops({&b}, x, n, h, w, strides, out, 0, threads);
+          },
+          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
+          py::arg("threads"))
+      .def("scratch_bytes", &scratch_bytes<Head>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def_property_readonly("packed_bytes", [](const Head& b) { return b.blob_floats() * sizeof(float); })
       .def("export_blob", [](const Head& b) { return export_blob(b, 2); })
       .def("import_blob", [](Head& b, const py::bytes& blob) { import_blob(b, 2, blob); }, py::arg("blob"));
@@ -378,7 +415,8 @@ PYBIND11_MODULE(_core, m) {
                } else if (py::isinstance<Head>(op)) {
                  p->ops.emplace_back(op.cast<const Head*>());
                } else {
-                 throw std::invalid_argument("Program: ops holds a " + std::string(py::str(py::type::of(op))) + ", expected Block or Head");
+                 throw std::invalid_argument("Program: ops holds a " + std::string(py::str(py::type::of(op))) +
+                                             ", expected Block or Head");
                }
              }
              require_valid("Program", check(p->ops));
@@ -386,42 +424,47 @@ PYBIND11_MODULE(_core, m) {
              return p;
            }),
            py::arg("ops"))
-      .def("output_shape",
-           [](const PyProgram& p, int n, int h, int w) -> py::tuple {
-             require_size("output_shape", n, h, w);
-             const Shape s = output_shape(p.ops, n, h, w);
-             if (s.h == 0) return py::make_tuple(s.n, s.c);
-             return py::make_tuple(s.n, s.c, s.h, s.w);
-           },
-           py::arg("n"), py::arg("h"), py::arg("w"))
-      .def("workspace_bytes",
-           [](const PyProgram& p, int n, int h, int w, int) {
-             require_size("workspace_bytes", n, h, w);
-             return workspace_floats(p.ops, n, h, w) * sizeof(float);
-           },
-           py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def("scratch_bytes",
-           [](const PyProgram& p, int h, int w, int threads) {
-             require_size("scratch_bytes", 0, h, w);
-             require_least("scratch_bytes", "threads", threads, 1);
-             return scratch_floats(p.ops, h, w, threads) * sizeof(float);
-           },
-           py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def("run",
-           [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace, int threads) {
-             run_ops(p.ops, x, n, h, w, strides, out, workspace, threads);
-           },
-           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),
-           py::arg("threads"));
+      .def(
+          "output_shape",
+          [](const PyProgram& p, int n, int h, int w) -> py::tuple {
+            require_size("output_shape", n, h, w);
+            const Shape s = output_shape(p.ops, n, h, w);
+            if (s.h == 0) return py::make_tuple(s.n, s.c);
+            return py::make_tuple(s.n, s.c, s.h, s.w);
+          },
+          py::arg("n"), py::arg("h"), py::arg("w"))
+      .def(
+          "workspace_bytes",
+          [](const PyProgram& p, int n, int h, int w, int) {
+            require_size("workspace_bytes", n, h, w);
+            return workspace_floats(p.ops, n, h, w) * sizeof(float);
+          },
+          py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def(
+          "scratch_bytes",
+          [](const PyProgram& p, int h, int w, int threads) {
+            require_size("scratch_bytes", 0, h, w);
+            require_least("scratch_bytes", "threads", threads, 1);
+            return scratch_floats(p.ops, h, w, threads) * sizeof(float);
+          },
+          py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def(
+          "run",
+          [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
+             int threads) { run_ops(p.ops, x, n, h, w, strides, out, workspace, threads); },
+          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
+          py::arg("workspace"), py::arg("threads"));
 
-  program.def("profile",
-           [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace, int threads) {
-             std::vector<double> seconds(p.ops.size(), 0.0);
-             run_ops(p.ops, x, n, h, w, strides, out, workspace, threads, seconds.data());
-             return seconds;
-           },
-           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),
-           py::arg("threads"));
+  program.def(
+      "profile",
+      [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
+         int threads) {
+        std::vector<double> seconds(p.ops.size(), 0.0);
+        run_ops(p.ops, x, n, h, w, strides, out, workspace, threads, seconds.data());
+        return seconds;
+      },
+      py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),
+      py::arg("threads"));
 
   bind_guard(m);
 }

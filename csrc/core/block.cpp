@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-
 namespace mnv4 {
 namespace {
 
@@ -19,9 +18,11 @@ Block::Block(const BlockDesc& d) : d_(d) {
     bias_[i] = total_ + units * floats_of_unit;
     total_ = bias_[i] + static_cast<std::size_t>(units) * kUnit;
   };
-  if (has(Stage::start)) place(Stage::start, units_of(d.c_in), static_cast<std::size_t>(d.start_kernel) * d.start_kernel * kUnit);
+  if (has(Stage::start))
+    place(Stage::start, units_of(d.c_in), static_cast<std::size_t>(d.start_kernel) * d.start_kernel * kUnit);
   if (has(Stage::expand)) place(Stage::expand, units_of(d.c_mid), static_cast<std::size_t>(taps) * d.c_in * kUnit);
-  if (has(Stage::mid)) place(Stage::mid, units_of(d.c_mid), static_cast<std::size_t>(d.mid_kernel) * d.mid_kernel * kUnit);
+  if (has(Stage::mid))
+    place(Stage::mid, units_of(d.c_mid), static_cast<std::size_t>(d.mid_kernel) * d.mid_kernel * kUnit);
   if (has(Stage::project)) place(Stage::project, units_of(d.c_out), static_cast<std::size_t>(d.c_mid) * kUnit);
 }
 
@@ -60,7 +61,9 @@ void Block::adopt(const float* blob) {
 }
 
 Upcoming Block::upcoming() const {
-  if (d_.expand) return {weight(Stage::expand), static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit, units_of(d_.c_mid)};
+  if (d_.expand)
+    return {weight(Stage::expand), static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit,
+            units_of(d_.c_mid)};
   if (d_.project) return {weight(Stage::project), static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, units_of(d_.c_out)};
   return {};
 }
@@ -78,7 +81,8 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
     if (pixels > 0 && g.units > 0) k.gemm(g);
     return;
   }
-  // parts of units x parts of pixels = threads; the split whose largest part is smallest wins, units first (weights are read once)
+  // parts of units x parts of pixels = threads; the split whose largest part is smallest wins, units first (weights are
+  // read once)
   int best_u = 1;
   long long best = -1;
   for (int pu = t.n; pu >= 1; --pu) {
@@ -102,8 +106,10 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
 
 namespace {
 
-// copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders; returns offsets by row
-void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi, float* dst) {
+// copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders; returns offsets by
+// row
+void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi,
+               float* dst) {
   const std::ptrdiff_t pitch = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
   for (int y = std::max(lo, 0); y < std::min(hi, g.h); ++y) {
     float* row = dst + (y - lo) * pitch;
@@ -115,8 +121,8 @@ void load_rows(const KernelTable& k, const View& x, int u, int channels, const G
 
 }  // namespace
 
-void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g, int y0,
-                     int y1) const {
+void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g,
+                     int y0, int y1) const {
   const Plan p = plan(g, y1 - y0, t.n);
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid), uo = units_of(d_.c_out);
   const bool is_dense = d_.expand_kernel > 1, mid = has(Stage::mid), start = has(Stage::start);
@@ -165,8 +171,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         if (!d_.expand && !d_.project) {
           const int channels = i + 1 == uo ? n_last : kUnit;
           for (int r = 0; r < rows; ++r) {
-            k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit, out.p + i * out.unit + (o0 + r) * out.row,
-                         out.pix, out.chan, g.w1, channels);
+            k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit,
+                         out.p + i * out.unit + (o0 + r) * out.row, out.pix, out.chan, g.w1, channels);
           }
         }
       }
@@ -208,7 +214,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           a.c = middle, a.c_pix = kUnit, a.c_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit, a.c_unit = middle_plane;
         } else {
           a.c = to.c + c0 * to.c_unit, a.c_pix = to.c_pix, a.c_row = to.c_row, a.c_unit = to.c_unit;
-          if (to.res != nullptr) a.res = to.res + c0 * to.r_unit, a.r_pix = to.r_pix, a.r_row = to.r_row, a.r_unit = to.r_unit;
+          if (to.res != nullptr)
+            a.res = to.res + c0 * to.r_unit, a.r_pix = to.r_pix, a.r_row = to.r_row, a.r_unit = to.r_unit;
           if (c1 == ue) a.n_last = n_last;
         }
         if (is_dense) {
@@ -281,7 +288,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       GemmArgs b = in;
       b.c = to.c, b.c_pix = to.c_pix, b.c_row = to.c_row, b.c_unit = to.c_unit;
       b.res = to.res, b.r_pix = to.r_pix, b.r_row = to.r_row, b.r_unit = to.r_unit;
-      b.b = weight(Stage::project), b.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit, b.bias = bias(Stage::project);
+      b.b = weight(Stage::project), b.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit,
+      b.bias = bias(Stage::project);
       b.units = uo, b.n_last = n_last, b.rows = rows, b.act = d_.act[3];
       gemm_split(k, t, b);
       t.sync();
@@ -338,7 +346,8 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   const Plan team = plan(g, g.h2, r.n);
   if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
   // run_rows leaves its team synchronized
-  for (int i = whole; i < n; ++i) run_rows(*r.kernels, member(team, r.tid, r.n, r.arena), x.at(i), out.at(i), n_last, g, 0, g.h2);
+  for (int i = whole; i < n; ++i)
+    run_rows(*r.kernels, member(team, r.tid, r.n, r.arena), x.at(i), out.at(i), n_last, g, 0, g.h2);
   return true;
 }
 
@@ -351,7 +360,8 @@ std::size_t Block::scratch_floats(int h, int w, int threads) const {
   std::size_t most = need(g.h2, 1);
   if (threads > 1) {
     most = std::max(most, need(g.h2, threads));
-    if (split_rows(g, threads)) most = std::max(most, std::max(need(g.h2 / threads, 1), need((g.h2 + threads - 1) / threads, 1)));
+    if (split_rows(g, threads))
+      most = std::max(most, std::max(need(g.h2 / threads, 1), need((g.h2 + threads - 1) / threads, 1)));
   }
   return most;
 }

@@ -1,4 +1,5 @@
-// One MobileNetV4 convolution block: start depthwise, expand (1x1 or dense), mid depthwise, project; each stage optional.
+// One MobileNetV4 convolution block: start depthwise, expand (1x1 or dense), mid depthwise, project; each stage
+// optional.
 #pragma once
 
 #include <atomic>
@@ -40,14 +41,14 @@ Geometry geometry(const BlockDesc& d, int h, int w);
 
 /// How one range of output rows is walked. Sizes in floats.
 struct Plan {
-  int band = 1;             // output rows of a band
-  int chunk = 1;            // units of the expanded activation handled together
-  bool ring = false;        // expanded rows stay from band to band (all units kept); otherwise the halo is computed again
-  int ring_rows = 0;        // rows of the expanded activation kept
-  std::size_t front = 0;    // shared: output of the start depthwise, or the zero-bordered input of a dense convolution
-  std::size_t expanded = 0; // shared: ring of expanded rows (only with a mid depthwise)
-  std::size_t middle = 0;   // shared: input of the project stage
-  std::size_t local = 0;    // of each thread: zero-bordered input rows of one unit
+  int band = 1;           // output rows of a band
+  int chunk = 1;          // units of the expanded activation handled together
+  bool ring = false;      // expanded rows stay from band to band (all units kept); otherwise the halo is computed again
+  int ring_rows = 0;      // rows of the expanded activation kept
+  std::size_t front = 0;  // shared: output of the start depthwise, or the zero-bordered input of a dense convolution
+  std::size_t expanded = 0;  // shared: ring of expanded rows (only with a mid depthwise)
+  std::size_t middle = 0;    // shared: input of the project stage
+  std::size_t local = 0;     // of each thread: zero-bordered input rows of one unit
   std::size_t shared() const { return front + expanded + middle; }
 };
 
@@ -99,8 +100,8 @@ void pack_depthwise(const StageParams& p, int channels, int kernel, float* weigh
 struct Region {
   const KernelTable* kernels = nullptr;
   Barrier* barrier = nullptr;
-  float* arena = nullptr;           // scratch_floats of each thread, one after the other
-  std::size_t scratch_floats = 0;   // of one thread
+  float* arena = nullptr;          // scratch_floats of each thread, one after the other
+  std::size_t scratch_floats = 0;  // of one thread
   int tid = 0, n = 1;
   Upcoming after;
   std::atomic<int>* tickets = nullptr;  // images are taken as threads become free
@@ -130,13 +131,15 @@ class Block {
   /// Weights of the first product.
   Upcoming upcoming() const;
 
-  /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit. True if all threads have finished on
-  /// return, false if they still need a barrier.
+  /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit. True if all threads
+  /// have finished on return, false if they still need a barrier.
   bool run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;
   /// Scratch of one thread in floats.
   std::size_t scratch_floats(int h, int w, int threads) const;
-  /// Output rows [y0, y1) of one image by one thread; x and out are addressed by absolute rows. `scratch` holds rows_floats().
-  void run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1, float* scratch) const;
+  /// Output rows [y0, y1) of one image by one thread; x and out are addressed by absolute rows. `scratch` holds
+  /// rows_floats().
+  void run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1,
+                 float* scratch) const;
   std::size_t rows_floats(int h, int w, int rows) const;
   /// True when the input is copied row by row, so that any channel stride will do.
   bool any_channel_stride() const { return has(Stage::start) || (d_.expand_kernel > 1 && d_.c_in <= kUnit); }
@@ -149,7 +152,8 @@ class Block {
  private:
   Plan plan(const Geometry& g, int rows, int team) const;
   bool split_rows(const Geometry& g, int threads) const;
-  void run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g, int y0, int y1) const;
+  void run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g,
+                int y0, int y1) const;
   const float* weight(Stage s) const { return data_.get() + weight_[static_cast<int>(s)]; }
   const float* bias(Stage s) const { return data_.get() + bias_[static_cast<int>(s)]; }
 
@@ -164,15 +168,16 @@ struct Range {
   int lo, hi;
 };
 inline Range split(int n, int parts, int tid) {
-  return {static_cast<int>(static_cast<long long>(n) * tid / parts), static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
+  return {static_cast<int>(static_cast<long long>(n) * tid / parts),
+          static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
 }
 
 inline constexpr int kPatches = 12;  // border pixels of a dense convolution handled together
 
-/// Dense k x k convolution over output rows [y0, y1); `to` says where row y0 goes. Pixels whose window lies inside of the image
-/// read the input in place, the others a copied patch.
-void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
-                const GemmArgs& to);
+/// Dense k x k convolution over output rows [y0, y1); `to` says where row y0 goes. Pixels whose window lies inside of
+/// the image read the input in place, the others a copied patch.
+void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
+                int y1, const GemmArgs& to);
 
 /// Runs a product with its units and pixels dealt out over a team.
 void gemm_split(const KernelTable& k, const Team& t, GemmArgs g);

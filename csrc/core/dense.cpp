@@ -20,7 +20,8 @@ void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int
       }
       const float* src = v.p + yy * v.row + xx * v.pix;
       if (v.chan == 1) {
-        for (int c = 0; c < d.c_in; c += kUnit, src += v.unit) std::memcpy(dst + c, src, sizeof(float) * std::min(kUnit, d.c_in - c));
+        for (int c = 0; c < d.c_in; c += kUnit, src += v.unit)
+          std::memcpy(dst + c, src, sizeof(float) * std::min(kUnit, d.c_in - c));
         continue;
       }
       for (int c = 0; c < d.c_in; ++c) dst[c] = src[(c / kUnit) * v.unit + (c % kUnit) * v.chan];
@@ -30,7 +31,8 @@ void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int
 
 }  // namespace
 
-void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1, const GemmArgs& to) {
+void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
+                int y1, const GemmArgs& to) {
   const int n = d.expand_kernel, s = d.expand_stride, taps = n * n;
   // [ya, yb) x [xa, xb): windows inside of the image
   auto inside = [&](int before, int size, int out, int& lo, int& hi) {

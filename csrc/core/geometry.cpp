@@ -37,22 +37,27 @@ std::string check(const BlockDesc& d) {
   if (d.c_out < 1 || d.c_out > kMaxChannels) return bad("c_out", d.c_out, "1 to 2**20");
   if (!depthwise_kernel(d.start_kernel)) return bad("start_kernel", d.start_kernel, "0, 3 or 5");
   if (!depthwise_kernel(d.mid_kernel)) return bad("mid_kernel", d.mid_kernel, "0, 3 or 5");
-  if (d.expand_kernel != 1 && d.expand_kernel != 3 && d.expand_kernel != 5) return bad("expand_kernel", d.expand_kernel, "1, 3 or 5");
+  if (d.expand_kernel != 1 && d.expand_kernel != 3 && d.expand_kernel != 5)
+    return bad("expand_kernel", d.expand_kernel, "1, 3 or 5");
   if (!stride_ok(d.start_stride)) return bad("start_stride", d.start_stride, "1 or 2");
   if (!stride_ok(d.expand_stride)) return bad("expand_stride", d.expand_stride, "1 or 2");
   if (!stride_ok(d.mid_stride)) return bad("mid_stride", d.mid_stride, "1 or 2");
-  if (d.start_kernel == 0 && d.start_stride != 1) return bad("start_stride", d.start_stride, "1 without a start depthwise");
+  if (d.start_kernel == 0 && d.start_stride != 1)
+    return bad("start_stride", d.start_stride, "1 without a start depthwise");
   if (d.mid_kernel == 0 && d.mid_stride != 1) return bad("mid_stride", d.mid_stride, "1 without a mid depthwise");
   if (d.expand_kernel == 1 && d.expand_stride != 1) return bad("expand_stride", d.expand_stride, "1 for a 1x1 expand");
   if (!d.expand && d.expand_kernel != 1) return bad("expand_kernel", d.expand_kernel, "1 without an expand stage");
   if (!d.expand && d.c_mid != d.c_in) return bad("c_mid", d.c_mid, "c_in without an expand stage");
   if (!d.project && d.c_out != d.c_mid) return bad("c_out", d.c_out, "c_mid without a project stage");
-  if (d.start_kernel == 0 && !d.expand && !d.project) return "no stage given, expected at least a start, expand or project stage";
+  if (d.start_kernel == 0 && !d.expand && !d.project)
+    return "no stage given, expected at least a start, expand or project stage";
   if (d.mid_kernel != 0 && !d.expand) return bad("mid_kernel", d.mid_kernel, "0 without an expand stage");
   if (d.mid_kernel != 0 && !d.project) return bad("mid_kernel", d.mid_kernel, "0 without a project stage");
-  if (d.start_kernel != 0 && d.expand_kernel != 1) return bad("expand_kernel", d.expand_kernel, "1 after a start depthwise");
+  if (d.start_kernel != 0 && d.expand_kernel != 1)
+    return bad("expand_kernel", d.expand_kernel, "1 after a start depthwise");
   if (d.mid_kernel != 0 && d.expand_kernel != 1) return bad("mid_kernel", d.mid_kernel, "0 after a dense expand");
-  if (d.expand_kernel > 1 && d.c_in * d.expand_kernel * d.expand_kernel > 1 << 20) return bad("c_in", d.c_in, "a dense window of at most 2**20 terms");
+  if (d.expand_kernel > 1 && d.c_in * d.expand_kernel * d.expand_kernel > 1 << 20)
+    return bad("c_in", d.c_in, "a dense window of at most 2**20 terms");
   if (d.residual && !d.expand && !d.project) return bad("residual", 1, "0 without an expand or project stage");
   if (d.residual && (d.c_in != d.c_out || d.start_stride * d.expand_stride * d.mid_stride != 1)) {
     return bad("residual", 1, "0 unless c_in == c_out and all strides are 1");

@@ -6,9 +6,9 @@
 namespace mnv4 {
 namespace {
 
-constexpr int kGroup = 16;       // images whose pooled features are kept at once
-constexpr int kPoolUnits = 4;    // units computed before they are summed
-constexpr int kPoolPixels = 256; // pixels computed before they are summed
+constexpr int kGroup = 16;        // images whose pooled features are kept at once
+constexpr int kPoolUnits = 4;     // units computed before they are summed
+constexpr int kPoolPixels = 256;  // pixels computed before they are summed
 
 }  // namespace
 
@@ -56,17 +56,19 @@ void Head::adopt(const float* blob) {
 }
 
 std::size_t Head::scratch_floats(int, int, int threads) const {
-  const std::size_t group = static_cast<std::size_t>(kGroup) * kUnit * (units_of(pooled()) + units_of(std::max(1, d_.c_hidden)));
+  const std::size_t group =
+      static_cast<std::size_t>(kGroup) * kUnit * (units_of(pooled()) + units_of(std::max(1, d_.c_hidden)));
   return kPoolUnits * kPoolPixels * kUnit + (group + threads - 1) / threads + kUnit;
 }
 
 void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w) const {
   const int up = units_of(pooled());
-  float* feat = r.arena;                                          // [image][pooled, padded]
+  float* feat = r.arena;                                                 // [image][pooled, padded]
   float* hidden = feat + static_cast<std::size_t>(kGroup) * up * kUnit;  // [image][hidden, padded]
   float* own = r.arena + r.n * (r.scratch_floats - kPoolUnits * kPoolPixels * kUnit) +
                static_cast<std::size_t>(r.tid) * kPoolUnits * kPoolPixels * kUnit;
-  const std::ptrdiff_t pitch[2] = {static_cast<std::ptrdiff_t>(up) * kUnit, static_cast<std::ptrdiff_t>(units_of(d_.c_hidden)) * kUnit};
+  const std::ptrdiff_t pitch[2] = {static_cast<std::ptrdiff_t>(up) * kUnit,
+                                   static_cast<std::ptrdiff_t>(units_of(d_.c_hidden)) * kUnit};
   const KernelTable& k = *r.kernels;
   const float scale = static_cast<float>(h) * static_cast<float>(w);
 
@@ -97,7 +99,8 @@ void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w
             const int count = static_cast<int>(std::min<std::ptrdiff_t>(kPoolPixels, pixels - p));
             g.p_begin = p, g.p_end = p + count;
             // pixel p of the image lands at the start of the scratch
-            g.c = own - p * kUnit, g.c_row = static_cast<std::ptrdiff_t>(w) * kUnit, g.c_unit = static_cast<std::ptrdiff_t>(count) * kUnit;
+            g.c = own - p * kUnit, g.c_row = static_cast<std::ptrdiff_t>(w) * kUnit,
+            g.c_unit = static_cast<std::ptrdiff_t>(count) * kUnit;
             k.gemm(g);
             for (int j = 0; j < units; ++j) k.sum(own + j * g.c_unit, count, sum + j * kUnit);
           }
@@ -144,7 +147,9 @@ void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w
     }
     if (!has(1) && !has(2)) {
       if (r.tid == 0) {
-        for (int i = 0; i < images; ++i) std::memcpy(out + static_cast<std::ptrdiff_t>(first + i) * features(), feat + i * pitch[0], sizeof(float) * features());
+        for (int i = 0; i < images; ++i)
+          std::memcpy(out + static_cast<std::ptrdiff_t>(first + i) * features(), feat + i * pitch[0],
+                      sizeof(float) * features());
       }
       if (r.n > 1) r.barrier->wait(r.tid, r.n);
     }

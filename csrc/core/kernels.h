@@ -7,41 +7,42 @@ namespace mnv4 {
 
 // C[pixel][unit] (+)= A[pixel][k] * B[unit][k], k running over k_blocks runs of consecutive floats of A.
 // A dense k x k convolution is the same product with a run for each tap (and unit of input channels).
-// Sums of more than kSumWhole terms are cut at multiples of kSumBlock: each part starts from zero and is then added, which keeps the
-// rounding error of long sums at that of short ones.
+// Sums of more than kSumWhole terms are cut at multiples of kSumBlock: each part starts from zero and is then added,
+// which keeps the rounding error of long sums at that of short ones.
 inline constexpr int kSumBlock = 128;
 inline constexpr int kSumWhole = 192;
 
 struct GemmArgs {
-  const float* a = nullptr;                  // first pixel, first k
-  std::ptrdiff_t a_pix = 0, a_row = 0;       // floats between pixels of a row, between rows
-  int k_blocks = 0, k_len = 0, k_last = 0;   // runs, floats of a run, floats of the last run
-  std::ptrdiff_t a_blk = 0;                  // floats between runs
-  const std::ptrdiff_t* k_off = nullptr;     // offsets of the runs instead of a_blk, for taps and units of a dense convolution
-  const float* b = nullptr;                  // packed [unit][k][16]
-  std::ptrdiff_t b_unit = 0;                 // floats between units of b
-  const float* then = nullptr;               // weights that this thread reads next, fetched during the last units; may be null
-  std::ptrdiff_t then_unit = 0;              // floats between units there
-  const float* bias = nullptr;               // [unit][16]; added when last_k
+  const float* a = nullptr;                 // first pixel, first k
+  std::ptrdiff_t a_pix = 0, a_row = 0;      // floats between pixels of a row, between rows
+  int k_blocks = 0, k_len = 0, k_last = 0;  // runs, floats of a run, floats of the last run
+  std::ptrdiff_t a_blk = 0;                 // floats between runs
+  const std::ptrdiff_t* k_off =
+      nullptr;                   // offsets of the runs instead of a_blk, for taps and units of a dense convolution
+  const float* b = nullptr;      // packed [unit][k][16]
+  std::ptrdiff_t b_unit = 0;     // floats between units of b
+  const float* then = nullptr;   // weights that this thread reads next, fetched during the last units; may be null
+  std::ptrdiff_t then_unit = 0;  // floats between units there
+  const float* bias = nullptr;   // [unit][16]; added when last_k
   float* c = nullptr;
   std::ptrdiff_t c_pix = 0, c_row = 0, c_unit = 0;
-  const float* res = nullptr;                // added after the activation when last_k; may be null
+  const float* res = nullptr;  // added after the activation when last_k; may be null
   std::ptrdiff_t r_pix = 0, r_row = 0, r_unit = 0;
   int rows = 0, cols = 0, units = 0;
-  std::ptrdiff_t p_begin = 0, p_end = -1;    // range of pixels (row-major); -1: all
-  int n_last = kUnit;                        // channels of the last unit that exist in C and res
-  bool first_k = true, last_k = true;        // C is written, not added to / bias, activation and residual follow
+  std::ptrdiff_t p_begin = 0, p_end = -1;  // range of pixels (row-major); -1: all
+  int n_last = kUnit;                      // channels of the last unit that exist in C and res
+  bool first_k = true, last_k = true;      // C is written, not added to / bias, activation and residual follow
   Act act = Act::none;
 };
 
 // Depthwise k x k over one unit of 16 channels, for `rows` output rows.
 struct DepthwiseArgs {
-  const float* src = nullptr;                // plane with zero borders left and right
-  const std::ptrdiff_t* row_off = nullptr;   // [rows][kernel]: offset of each input row, negative = outside of the image
+  const float* src = nullptr;               // plane with zero borders left and right
+  const std::ptrdiff_t* row_off = nullptr;  // [rows][kernel]: offset of each input row, negative = outside of the image
   int kernel = 3, stride = 1;
-  const float* weight = nullptr;             // [kernel * kernel][16]
-  const float* bias = nullptr;               // [16]
-  float* dst = nullptr;                      // [rows][cols][16]
+  const float* weight = nullptr;  // [kernel * kernel][16]
+  const float* bias = nullptr;    // [16]
+  float* dst = nullptr;           // [rows][cols][16]
   std::ptrdiff_t dst_row = 0;
   int rows = 0, cols = 0;
   Act act = Act::none;

@@ -27,7 +27,8 @@ struct Affine {
 Affine affine(const StageParams& p, int o) {
   double scale = 1.0, shift = p.bias != nullptr ? p.bias[o] : 0.0;
   if (p.bn_mean != nullptr && p.bn_var != nullptr) {
-    scale = (p.bn_weight != nullptr ? static_cast<double>(p.bn_weight[o]) : 1.0) / std::sqrt(static_cast<double>(p.bn_var[o]) + p.eps);
+    scale = (p.bn_weight != nullptr ? static_cast<double>(p.bn_weight[o]) : 1.0) /
+            std::sqrt(static_cast<double>(p.bn_var[o]) + p.eps);
     shift = (shift - p.bn_mean[o]) * scale + (p.bn_bias != nullptr ? p.bn_bias[o] : 0.0);
   }
   if (p.gamma != nullptr) {
@@ -56,7 +57,8 @@ void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, float* wei
       const float* src = p.weight + o * k_total;
       for (int t = 0; t < taps; ++t) {
         for (int c = 0; c < c_in; ++c) {
-          w[(static_cast<std::size_t>(t) * c_in + c) * kUnit] = static_cast<float>(src[static_cast<std::size_t>(c) * taps + t] * a.scale);
+          w[(static_cast<std::size_t>(t) * c_in + c) * kUnit] =
+              static_cast<float>(src[static_cast<std::size_t>(c) * taps + t] * a.scale);
         }
       }
     }

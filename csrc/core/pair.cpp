@@ -8,7 +8,8 @@ namespace {
 
 // rows of b's input that its output rows [y0, y1) read
 Range input_rows(const BlockDesc& d, const Geometry& g, int y0, int y1) {
-  return {std::max(0, y0 * d.expand_stride - g.top1), std::min(g.h, (y1 - 1) * d.expand_stride - g.top1 + d.expand_kernel)};
+  return {std::max(0, y0 * d.expand_stride - g.top1),
+          std::min(g.h, (y1 - 1) * d.expand_stride - g.top1 + d.expand_kernel)};
 }
 
 }  // namespace
@@ -17,25 +18,28 @@ Pair plan_pair(const Block& a, const Block& b, int h, int w) {
   const BlockDesc &da = a.desc(), &db = b.desc();
   if (a.has(Stage::mid) || b.has(Stage::mid) || db.expand_kernel == 1 || db.residual) return {};
   const Geometry ga = geometry(da, h, w), gb = geometry(db, ga.h2, ga.w2);
-  const std::size_t row = static_cast<std::size_t>(ga.w2) * units_of(da.c_out) * kUnit, l2 = cpu_info().l2 / sizeof(float);
+  const std::size_t row = static_cast<std::size_t>(ga.w2) * units_of(da.c_out) * kUnit,
+                    l2 = cpu_info().l2 / sizeof(float);
   if (row * ga.h2 < l2 / 2) return {};
   Pair p;
   const std::size_t rows = l2 / 4 / row;
-  p.band = static_cast<int>(std::max<std::size_t>(1, rows > static_cast<std::size_t>(db.expand_kernel) ? (rows - db.expand_kernel) / db.expand_stride + 1 : 1));
+  p.band = static_cast<int>(std::max<std::size_t>(
+      1, rows > static_cast<std::size_t>(db.expand_kernel) ? (rows - db.expand_kernel) / db.expand_stride + 1 : 1));
   p.band = std::min(p.band, gb.h2);
   const int most = (p.band - 1) * db.expand_stride + db.expand_kernel;
   p.between = row * most;
   for (int band = 1; band <= p.band; ++band) {
     const int need = std::min(ga.h2, (band - 1) * db.expand_stride + db.expand_kernel);
-    for (int n = std::max(1, need - db.expand_kernel); n <= need; ++n) p.scratch = std::max(p.scratch, a.rows_floats(h, w, n));
+    for (int n = std::max(1, need - db.expand_kernel); n <= need; ++n)
+      p.scratch = std::max(p.scratch, a.rows_floats(h, w, n));
     p.scratch = std::max(p.scratch, b.rows_floats(ga.h2, ga.w2, band));
   }
   p.scratch += p.between;
   return p;
 }
 
-void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, const Tensor& x, const Tensor& out, bool padded, int n,
-              int h, int w) {
+void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, const Tensor& x, const Tensor& out,
+              bool padded, int n, int h, int w) {
   const Geometry ga = geometry(a.desc(), h, w), gb = geometry(b.desc(), ga.h2, ga.w2);
   float* between = r.scratch(r.tid);
   float* scratch = between + p.between;

@@ -11,8 +11,8 @@ std::size_t scratch_budget() { return cpu_info().l2 / sizeof(float) * 3 / 4; }
 
 }  // namespace
 
-// Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring that keeps
-// all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
+// Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring
+// that keeps all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
 Plan Block::plan(const Geometry& g, int rows, int team) const {
   const std::size_t budget = scratch_budget() * team;
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);

@@ -47,7 +47,8 @@ void body(void* ctx, int tid, int threads) {
   Call& c = *static_cast<Call*>(ctx);
   const std::vector<Op>& ops = *c.ops;
   Region r;
-  r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = c.scratch, r.tid = tid, r.n = threads;
+  r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = c.scratch, r.tid = tid,
+  r.n = threads;
   r.tickets = &c.tickets;
   float* half[2] = {c.workspace, c.workspace + workspace_floats(ops, c.n, c.h, c.w) / 2};
   Tensor x = c.x;
@@ -67,13 +68,16 @@ void body(void* ctx, int tid, int threads) {
     }
     const Pair pair = pair_at(ops, i, h, w);
     const std::size_t following = i + (pair.band > 0 ? 2 : 1);
-    r.after = following < ops.size() && block(ops[following]) != nullptr ? block(ops[following])->upcoming() : Upcoming{};
+    r.after =
+        following < ops.size() && block(ops[following]) != nullptr ? block(ops[following])->upcoming() : Upcoming{};
     if (pair.band > 0) {
       const Geometry first = geometry(block(ops[i])->desc(), h, w);
       const BlockDesc& d = block(ops[i + 1])->desc();
       const Geometry g = geometry(d, first.h2, first.w2);
       const bool last = i + 2 == ops.size();
-      run_pair(pair, r, *block(ops[i]), *block(ops[i + 1]), x, last ? image_tensor(c.out, d.c_out, g) : blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2), !last, c.n, h, w);
+      run_pair(pair, r, *block(ops[i]), *block(ops[i + 1]), x,
+               last ? image_tensor(c.out, d.c_out, g) : blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2), !last,
+               c.n, h, w);
       if (threads > 1) c.barrier.wait(tid, threads);
       r.first_ticket += c.n / threads * threads + threads;
       lap(i);
@@ -141,7 +145,8 @@ std::size_t scratch_floats(const std::vector<Op>& ops, int h, int w, int threads
     const Op& op = ops[i];
     // a region may get fewer threads than asked for
     for (int t = 1; t <= threads; ++t) {
-      const std::size_t need = block(op) != nullptr ? block(op)->scratch_floats(h, w, t) : head(op)->scratch_floats(h, w, t);
+      const std::size_t need =
+          block(op) != nullptr ? block(op)->scratch_floats(h, w, t) : head(op)->scratch_floats(h, w, t);
       most = std::max(most, (need * t + threads - 1) / threads);
       if (t == 1) most = std::max(most, need);
     }
@@ -154,8 +159,8 @@ std::size_t scratch_floats(const std::vector<Op>& ops, int h, int w, int threads
   return (most + 15) / 16 * 16;
 }
 
-void run(const std::vector<Op>& ops, const KernelTable& kernels, const Tensor& x, int n, int h, int w, float* out, float* workspace,
-         float* arena, std::size_t scratch, int threads, double* seconds) {
+void run(const std::vector<Op>& ops, const KernelTable& kernels, const Tensor& x, int n, int h, int w, float* out,
+         float* workspace, float* arena, std::size_t scratch, int threads, double* seconds) {
   Call c;
   c.seconds = seconds;
   c.ops = &ops, c.kernels = &kernels, c.x = x, c.n = n, c.h = h, c.w = w;

@@ -17,13 +17,13 @@ struct Shape {
 
 /// Two blocks in bands of rows, so that what lies between them stays in L2: for the large images behind the stem.
 struct Pair {
-  int band = 0;               // output rows of the second block; 0: not worth it
-  std::size_t between = 0;    // floats of the rows between the blocks
-  std::size_t scratch = 0;    // floats of one thread in all
+  int band = 0;             // output rows of the second block; 0: not worth it
+  std::size_t between = 0;  // floats of the rows between the blocks
+  std::size_t scratch = 0;  // floats of one thread in all
 };
 Pair plan_pair(const Block& a, const Block& b, int h, int w);
-void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, const Tensor& x, const Tensor& out, bool padded, int n,
-              int h, int w);
+void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, const Tensor& x, const Tensor& out,
+              bool padded, int n, int h, int w);
 
 /// Empty when each op accepts what the one before it gives.
 std::string check(const std::vector<Op>& ops);
@@ -34,8 +34,9 @@ std::size_t workspace_floats(const std::vector<Op>& ops, int n, int h, int w);
 /// Floats of scratch of each thread.
 std::size_t scratch_floats(const std::vector<Op>& ops, int h, int w, int threads);
 
-/// Runs the list. `seconds`, when given, receives the time of each op (thread 0). out is canonical channels_last, or [n, features] after a head. `arena` holds threads * scratch floats.
-void run(const std::vector<Op>& ops, const KernelTable& kernels, const Tensor& x, int n, int h, int w, float* out, float* workspace,
-         float* arena, std::size_t scratch, int threads, double* seconds = nullptr);
+/// Runs the list. `seconds`, when given, receives the time of each op (thread 0). out is canonical channels_last, or
+/// [n, features] after a head. `arena` holds threads * scratch floats.
+void run(const std::vector<Op>& ops, const KernelTable& kernels, const Tensor& x, int n, int h, int w, float* out,
+         float* workspace, float* arena, std::size_t scratch, int threads, double* seconds = nullptr);
 
 }  // namespace mnv4

@@ -30,7 +30,9 @@ struct Vec4 {
   static MNV4_INLINE reg max(reg bound, reg x) { return pick(bound > x, bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return pick(bound < x, bound, x); }
   static MNV4_INLINE reg abs(reg x) { return as_float(as_int(x) & 0x7fffffff); }
-  static MNV4_INLINE reg copysign(reg mag, reg sign) { return as_float(as_int(mag) | (as_int(sign) & static_cast<std::int32_t>(0x80000000u))); }
+  static MNV4_INLINE reg copysign(reg mag, reg sign) {
+    return as_float(as_int(mag) | (as_int(sign) & static_cast<std::int32_t>(0x80000000u)));
+  }
   static MNV4_INLINE reg round(reg x) {
     // adding and taking away 1.5 * 2^23 rounds to nearest for |x| < 2^22
     const reg magic = set(12582912.0f);
@@ -45,7 +47,9 @@ struct Vec4 {
  private:
   static MNV4_INLINE ireg as_int(reg x) { return reinterpret_cast<ireg>(x); }
   static MNV4_INLINE reg as_float(ireg x) { return reinterpret_cast<reg>(x); }
-  static MNV4_INLINE reg pick(ireg mask, reg yes, reg no) { return as_float((as_int(yes) & mask) | (as_int(no) & ~mask)); }
+  static MNV4_INLINE reg pick(ireg mask, reg yes, reg no) {
+    return as_float((as_int(yes) & mask) | (as_int(no) & ~mask));
+  }
 };
 
 #include "kernels/activation.h"

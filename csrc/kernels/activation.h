@@ -1,4 +1,5 @@
-// Activations. max and min take the bound first: x86 returns the second operand when one is NaN, so NaN goes through as in torch.
+// Activations. max and min take the bound first: x86 returns the second operand when one is NaN, so NaN goes through as
+// in torch.
 #pragma once
 
 template <class V>
@@ -30,7 +31,8 @@ MNV4_INLINE typename V::reg exp_nonpositive(typename V::reg x) {
   return V::mul(p, V::pow2(n));
 }
 
-// erf to about 1 ulp: odd polynomial below 0.92, 1 - exp(-t * Q(t)) above. Coefficients: own minimax fits (Lawson iteration).
+// erf to about 1 ulp: odd polynomial below 0.92, 1 - exp(-t * Q(t)) above. Coefficients: own minimax fits (Lawson
+// iteration).
 template <class V>
 MNV4_INLINE typename V::reg erf_value(typename V::reg x) {
   using reg = typename V::reg;

@@ -1,4 +1,5 @@
-// Depthwise k x k over one unit of 16 channels: T output pixels of a row at a time, each input loaded once per kernel row.
+// Depthwise k x k over one unit of 16 channels: T output pixels of a row at a time, each input loaded once per kernel
+// row.
 #pragma once
 
 template <class V, int K>
@@ -23,8 +24,8 @@ struct Taps {
 };
 
 template <class V, int K, int S, int T>
-MNV4_INLINE void depthwise_tile(const float* src, const std::ptrdiff_t* row_off, const Taps<V, K>& taps, typename V::reg bias, float* dst,
-                                Act act) {
+MNV4_INLINE void depthwise_tile(const float* src, const std::ptrdiff_t* row_off, const Taps<V, K>& taps,
+                                typename V::reg bias, float* dst, Act act) {
   using reg = typename V::reg;
   reg acc[T];
   unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = bias; });
@@ -62,7 +63,8 @@ void depthwise_rows(const DepthwiseArgs& d, int wide, int narrow) {
       const std::ptrdiff_t* off = d.row_off + y * K;
       const float* in = d.src + v;
       float* out = d.dst + y * d.dst_row + v;
-      for (int t = 0; t < wide; ++t, in += T * S * kUnit, out += T * kUnit) depthwise_tile<V, K, S, T>(in, off, taps, bias, out, d.act);
+      for (int t = 0; t < wide; ++t, in += T * S * kUnit, out += T * kUnit)
+        depthwise_tile<V, K, S, T>(in, off, taps, bias, out, d.act);
       if constexpr (T > 1) {
         for (int t = 0; t < narrow; ++t, in += (T - 1) * S * kUnit, out += (T - 1) * kUnit) {
           depthwise_tile<V, K, S, T - 1>(in, off, taps, bias, out, d.act);

@@ -8,11 +8,12 @@ struct Strip {
   int left[kStrip];  // pixels from here to the end of the row (or of the strip)
 };
 
-// MR pixels x NU units. Packed: pixels of A are 16 floats apart, so that one base register and immediate offsets address all rows.
-// Otherwise any stride: a base register for each third pixel, the two after it by scaled index.
+// MR pixels x NU units. Packed: pixels of A are 16 floats apart, so that one base register and immediate offsets
+// address all rows. Otherwise any stride: a base register for each third pixel, the two after it by scaled index.
 template <class V, int MR, int NU, bool Packed>
 void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::ptrdiff_t* a_off, float* c,
-               const std::ptrdiff_t* c_off, const float* res, const std::ptrdiff_t* r_off, const char* next, std::ptrdiff_t next_step) {
+               const std::ptrdiff_t* c_off, const float* res, const std::ptrdiff_t* r_off, const char* next,
+               std::ptrdiff_t next_step) {
   using reg = typename V::reg;
   constexpr int S = kUnit / V::W;  // vectors of a unit
   constexpr int NV = NU * S;
@@ -87,7 +88,8 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
     }
   }
   unroll<MR>([&](auto m) MNV4_LAMBDA {
-    unroll<NV>([&](auto j) MNV4_LAMBDA { V::store(c + c_off[m] + (j / S) * g.c_unit + (j % S) * V::W, acc[m * NV + j]); });
+    unroll<NV>([&](auto j)
+                   MNV4_LAMBDA { V::store(c + c_off[m] + (j / S) * g.c_unit + (j % S) * V::W, acc[m * NV + j]); });
   });
 }
 
@@ -107,8 +109,8 @@ void gelu_tile(const GemmArgs& g, int mr, int nu, float* c, const std::ptrdiff_t
   }
 }
 
-using TileFn = void (*)(const GemmArgs&, const float*, const float*, const std::ptrdiff_t*, float*, const std::ptrdiff_t*,
-                        const float*, const std::ptrdiff_t*, const char*, std::ptrdiff_t);
+using TileFn = void (*)(const GemmArgs&, const float*, const float*, const std::ptrdiff_t*, float*,
+                        const std::ptrdiff_t*, const float*, const std::ptrdiff_t*, const char*, std::ptrdiff_t);
 
 template <class V, int NU, bool Packed, int... M>
 MNV4_INLINE TileFn pick_tile(int mr, std::integer_sequence<int, M...>) {
@@ -121,7 +123,8 @@ template <class Cfg, bool Packed>
 MNV4_INLINE TileFn find_tile(int mr, int nu) {
   using V = typename Cfg::V;
   if (nu == 1) return pick_tile<V, 1, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
-  if (nu == Cfg::kTallUnits) return pick_tile<V, Cfg::kTallUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
+  if (nu == Cfg::kTallUnits)
+    return pick_tile<V, Cfg::kTallUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
   return pick_tile<V, Cfg::kWideUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kWideRows>{});
 }
 
@@ -142,7 +145,8 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
   const int terms = (g.k_blocks - 1) * g.k_len + g.k_last;
   const int all = (pixels + max_rows - 1) / max_rows, rounds = all > nu ? all / nu : 1;
   for (int p = 0, tile = 0; p < pixels; ++tile) {
-    const char* fetch = reinterpret_cast<const char*>(next.p + (tile % nu) * next.unit) + terms * 64ll / rounds * (tile / nu);
+    const char* fetch =
+        reinterpret_cast<const char*>(next.p + (tile % nu) * next.unit) + terms * 64ll / rounds * (tile / nu);
     const std::ptrdiff_t step = next.p != b ? 128 / rounds : 0;
     // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
     const int left = Packed ? pixels - p : s.left[p];
@@ -249,7 +253,8 @@ void gemm(const GemmArgs& g) {
     const int n = static_cast<int>(end - p < kStrip ? end - p : kStrip);
     for (int i = 0; i < n;) {
       const int count = static_cast<int>(g.cols - x < n - i ? g.cols - x : n - i);
-      const std::ptrdiff_t a0 = y * g.a_row + x * g.a_pix, c0 = y * g.c_row + x * g.c_pix, r0 = y * g.r_row + x * g.r_pix;
+      const std::ptrdiff_t a0 = y * g.a_row + x * g.a_pix, c0 = y * g.c_row + x * g.c_pix,
+                           r0 = y * g.r_row + x * g.r_pix;
       for (int j = 0; j < count; ++j) {
         s.a[i + j] = a0 + j * g.a_pix;
         s.c[i + j] = c0 + j * g.c_pix;

@@ -1,4 +1,5 @@
-// Compile-time unrolling: array indices stay constants in the front end, so accumulators become registers with every compiler.
+// Compile-time unrolling: array indices stay constants in the front end, so accumulators become registers with every
+// compiler.
 #pragma once
 
 #include <utility>

@@ -1,4 +1,5 @@
-// Packed parameters between guard pages: the linker sends the library's aligned_alloc and free here (--wrap, see CMakeLists.txt).
+// Packed parameters between guard pages: the linker sends the library's aligned_alloc and free here (--wrap, see
+// CMakeLists.txt).
 #include <map>
 #include <mutex>
 

@@ -1,4 +1,5 @@
-// The operations again, from their definitions and in double precision, with a bound on the error that single precision may make.
+// The operations again, from their definitions and in double precision, with a bound on the error that single precision
+// may make.
 #pragma once
 
 #include <cmath>
@@ -68,7 +69,8 @@ inline void activate(Act act, double& v, double& e) {
   }
 }
 
-/// Convolution over zero padding; `depthwise`: channel o reads channel o alone. TF SAME: the larger half of the padding comes last.
+/// Convolution over zero padding; `depthwise`: channel o reads channel o alone. TF SAME: the larger half of the padding
+/// comes last.
 inline Image convolve(const Image& x, const Params& p, int stride, bool depthwise, bool same, Act act) {
   const int k = p.kernel;
   int pad_y = k / 2, pad_x = k / 2, ho = (x.h + 2 * pad_y - k) / stride + 1, wo = (x.w + 2 * pad_x - k) / stride + 1;
@@ -145,16 +147,16 @@ struct BlockCase {
   /// Multiply-adds of one image, to keep the naive loops short.
   double cost(int h, int w) const {
     const double px = static_cast<double>(h) * w, taps = static_cast<double>(d.expand_kernel) * d.expand_kernel;
-    return px * ((d.expand ? taps * d.c_in * d.c_mid : 0.0) + (d.project ? static_cast<double>(d.c_mid) * d.c_out : 0.0) +
-                 25.0 * (d.c_in + d.c_mid));
+    return px * ((d.expand ? taps * d.c_in * d.c_mid : 0.0) +
+                 (d.project ? static_cast<double>(d.c_mid) * d.c_out : 0.0) + 25.0 * (d.c_in + d.c_mid));
   }
   std::string text() const {
     char line[320];
     std::snprintf(line, sizeof line,
-                  "c %d-%d-%d start %d/%d expand %d k%d/%d mid %d/%d project %d residual %d same %d acts %d%d%d%d", d.c_in, d.c_mid,
-                  d.c_out, d.start_kernel, d.start_stride, d.expand, d.expand_kernel, d.expand_stride, d.mid_kernel, d.mid_stride,
-                  d.project, d.residual, d.same_padding, static_cast<int>(d.act[0]), static_cast<int>(d.act[1]),
-                  static_cast<int>(d.act[2]), static_cast<int>(d.act[3]));
+                  "c %d-%d-%d start %d/%d expand %d k%d/%d mid %d/%d project %d residual %d same %d acts %d%d%d%d",
+                  d.c_in, d.c_mid, d.c_out, d.start_kernel, d.start_stride, d.expand, d.expand_kernel, d.expand_stride,
+                  d.mid_kernel, d.mid_stride, d.project, d.residual, d.same_padding, static_cast<int>(d.act[0]),
+                  static_cast<int>(d.act[1]), static_cast<int>(d.act[2]), static_cast<int>(d.act[3]));
     return line;
   }
 };
@@ -173,7 +175,8 @@ struct HeadCase {
     }
   }
   void pack(Head& head) const {
-    for (int s = 0; s < 3; ++s) CHECK(head.pack(s, p[s].stage()) == (p[s].out > 0), "pack answers whether the stage exists");
+    for (int s = 0; s < 3; ++s)
+      CHECK(head.pack(s, p[s].stage()) == (p[s].out > 0), "pack answers whether the stage exists");
     CHECK(head.packed(), "all stages are packed");
   }
   Image run(const Image& x) const {
@@ -195,8 +198,8 @@ struct HeadCase {
   }
   std::string text() const {
     char line[160];
-    std::snprintf(line, sizeof line, "head c %d feat %d hidden %d classes %d acts %d%d", d.c_in, d.c_feat, d.c_hidden, d.classes,
-                  static_cast<int>(d.feat_act), static_cast<int>(d.hidden_act));
+    std::snprintf(line, sizeof line, "head c %d feat %d hidden %d classes %d acts %d%d", d.c_in, d.c_feat, d.c_hidden,
+                  d.classes, static_cast<int>(d.feat_act), static_cast<int>(d.hidden_act));
     return line;
   }
 };
@@ -247,11 +250,10 @@ inline Tensor lay_out(Layout l, Random& r, float* p, int n, int c, int h, int w,
       floats = static_cast<std::size_t>(n) * t.next;
       return t;
     }
-    case Layout::planar:
-      pix = 1, row = w, chan = static_cast<std::ptrdiff_t>(h) * w, next = chan * c;
-      break;
+    case Layout::planar: pix = 1, row = w, chan = static_cast<std::ptrdiff_t>(h) * w, next = chan * c; break;
     case Layout::odd:
-      chan = r.between(2, 5), pix = chan * c + r.between(0, 3), row = pix * w + r.between(0, 7), next = row * h + r.between(0, 9);
+      chan = r.between(2, 5), pix = chan * c + r.between(0, 3), row = pix * w + r.between(0, 7),
+      next = row * h + r.between(0, 9);
       break;
     case Layout::gaps:
       pix = c + r.between(1, 19), row = pix * w + r.between(0, 7), next = row * h + r.between(0, 9);
@@ -270,14 +272,16 @@ inline float* element(const Tensor& t, int n, int c, int y, int x) {
   return v.p + (c / kUnit) * v.unit + (c % kUnit) * v.chan + y * v.row + x * v.pix;
 }
 
-/// Writes the images where the layout wants them; the padding of blocked channels is zero, everything else stays poisoned.
+/// Writes the images where the layout wants them; the padding of blocked channels is zero, everything else stays
+/// poisoned.
 inline void store(const Tensor& t, Layout l, const std::vector<Image>& images) {
   for (int i = 0; i < static_cast<int>(images.size()); ++i) {
     const Image& im = images[i];
     const int all = l == Layout::blocked ? units_of(im.c) * kUnit : im.c;
     for (int c = 0; c < all; ++c) {
       for (int y = 0; y < im.h; ++y) {
-        for (int x = 0; x < im.w; ++x) *element(t, i, c, y, x) = c < im.c ? static_cast<float>(im.v[im.at(c, y, x)]) : 0.0f;
+        for (int x = 0; x < im.w; ++x)
+          *element(t, i, c, y, x) = c < im.c ? static_cast<float>(im.v[im.at(c, y, x)]) : 0.0f;
       }
     }
   }
@@ -291,8 +295,10 @@ inline std::vector<Image> random_images(Random& r, int n, int c, int h, int w) {
   return images;
 }
 
-/// Each element within its bound, nothing else written. `padded`: the last unit's other channels exist and may hold anything.
-inline void check_output(const Guarded& memory, const Tensor& t, bool padded, const std::vector<Image>& want, const std::string& what) {
+/// Each element within its bound, nothing else written. `padded`: the last unit's other channels exist and may hold
+/// anything.
+inline void check_output(const Guarded& memory, const Tensor& t, bool padded, const std::vector<Image>& want,
+                         const std::string& what) {
   std::vector<bool> written(memory.size(), false);
   std::size_t bad = 0;
   for (int i = 0; i < static_cast<int>(want.size()); ++i) {
@@ -308,8 +314,8 @@ inline void check_output(const Guarded& memory, const Tensor& t, bool padded, co
           if (std::fabs(*p - ref) <= bound) continue;
           if (bad++ == 0) {
             char line[160];
-            std::snprintf(line, sizeof line, "image %d channel %d y %d x %d is %.9g, expected %.9g within %.3g", i, c, y, x,
-                          static_cast<double>(*p), ref, bound);
+            std::snprintf(line, sizeof line, "image %d channel %d y %d x %d is %.9g, expected %.9g within %.3g", i, c,
+                          y, x, static_cast<double>(*p), ref, bound);
             CHECK(false, line + (": " + what));
           }
         }

@@ -1,4 +1,5 @@
-// What the native tests share: checks, seeded random numbers, buffers that end (or begin) at a page that cannot be touched.
+// What the native tests share: checks, seeded random numbers, buffers that end (or begin) at a page that cannot be
+// touched.
 #pragma once
 
 #include <sys/mman.h>
@@ -25,8 +26,8 @@ inline void fail(const char* file, int line, const std::string& what) {
   if (++failures <= 20) std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
 }
 
-#define CHECK(condition, what)                                                                        \
-  do {                                                                                                \
+#define CHECK(condition, what)                                                                     \
+  do {                                                                                             \
     if (!(condition)) mnv4::test::fail(__FILE__, __LINE__, std::string(#condition ": ") + (what)); \
   } while (false)
 
@@ -78,8 +79,8 @@ inline void poison(float* p, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) std::memcpy(p + i, &kCanary, sizeof kCanary);
 }
 
-/// Memory between two pages that cannot be touched: `at_end` puts the last byte before the second, otherwise the first behind the
-/// first. The rest of its pages holds canaries, which `intact` looks at.
+/// Memory between two pages that cannot be touched: `at_end` puts the last byte before the second, otherwise the first
+/// behind the first. The rest of its pages holds canaries, which `intact` looks at.
 class Pages {
  public:
   Pages(std::size_t bytes, bool at_end) : at_end_(at_end) {
@@ -129,11 +130,12 @@ class Guarded {
   Pages pages_;
 };
 
-/// True: what the library allocates (packed parameters) ends at a guard page, otherwise it begins behind one. See guarded_alloc.cpp.
+/// True: what the library allocates (packed parameters) ends at a guard page, otherwise it begins behind one. See
+/// guarded_alloc.cpp.
 inline bool packed_at_end = true;
 
-/// Lets the planner believe in a small cache, so that small images take every plan. The object is never in read-only memory: it is
-/// filled in at run time.
+/// Lets the planner believe in a small cache, so that small images take every plan. The object is never in read-only
+/// memory: it is filled in at run time.
 inline void set_l2(std::size_t bytes) { const_cast<CpuInfo&>(cpu_info()).l2 = bytes; }
 
 inline std::vector<const KernelTable*> tiers() {

@@ -14,8 +14,8 @@ struct Job {
   int n, h, w;
 };
 
-void run(const Block& block, const KernelTable& kernels, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w, int threads,
-         float* arena) {
+void run(const Block& block, const KernelTable& kernels, const Tensor& x, const Tensor& out, bool padded, int n, int h,
+         int w, int threads, float* arena) {
   Job job{&block, {}, Barrier{0}, x, out, padded, n, h, w};
   job.region.kernels = &kernels, job.region.barrier = &job.barrier, job.region.arena = arena;
   job.region.scratch_floats = block.scratch_floats(h, w, threads);
@@ -31,7 +31,8 @@ void run(const Block& block, const KernelTable& kernels, const Tensor& x, const 
 }
 
 /// The channels that exist; those that fill the last unit may hold anything.
-bool same_bits(const std::vector<float>& first, const Guarded& output, const Tensor& out, int channels, int n, const Geometry& g) {
+bool same_bits(const std::vector<float>& first, const Guarded& output, const Tensor& out, int channels, int n,
+               const Geometry& g) {
   for (int i = 0; i < n; ++i) {
     for (int c = 0; c < channels; ++c) {
       for (int y = 0; y < g.h2; ++y) {
@@ -55,7 +56,7 @@ void run_case(Random& r, int number) {
   int h = r.pick(sides), w = r.pick(sides);
   packed_at_end = r.chance(70);
   const BlockCase c(r, d);
-  while (c.cost(h, w) * n > 3e6 && h * w > 1) (h > w ? h : w) = 1 + (h > w ? h : w) / 2;
+  while (c.cost(h, w) * n > 3e6 && h * w > 1) (h > w ? h : w) = ((h > w ? h : w) + 1) / 2;
 
   Block block(d);
   c.pack(block);
@@ -86,16 +87,16 @@ void run_case(Random& r, int number) {
 
   const std::size_t l2 = cpu_info().l2;
   const std::size_t small = r.pick(caches);
-  const std::string base = c.text() + " image " + std::to_string(n) + "x" + std::to_string(h) + "x" + std::to_string(w) + " from " +
-                           name_of(layout) + " to " + name_of(to);
+  const std::string base = c.text() + " image " + std::to_string(n) + "x" + std::to_string(h) + "x" +
+                           std::to_string(w) + " from " + name_of(layout) + " to " + name_of(to);
   for (const KernelTable* kernels : tiers()) {
     std::vector<float> first;
     // no number of threads and no size of the cache changes a bit
     for (int variant = 0; variant < 6; ++variant) {
       const int threads = variant < 4 ? variant + 1 : variant == 4 ? 1 : r.between(2, 4);
       set_l2(variant < 2 ? l2 : small);
-      const std::string what = "case " + std::to_string(number) + ", " + kernels->name + ", " + std::to_string(threads) + " threads, L2 " +
-                               std::to_string(cpu_info().l2) + ": " + base;
+      const std::string what = "case " + std::to_string(number) + ", " + kernels->name + ", " +
+                               std::to_string(threads) + " threads, L2 " + std::to_string(cpu_info().l2) + ": " + base;
       const Guarded scratch(block.scratch_floats(h, w, threads) * threads, r.chance(70));
       const Guarded output(out_floats, at_end);
       Random place = out_place;
@@ -112,7 +113,8 @@ void run_case(Random& r, int number) {
     }
   }
   set_l2(l2);
-  CHECK(before.empty() || std::memcmp(before.data(), input.data(), before.size() * sizeof(float)) == 0, "the input was written, " + base);
+  CHECK(before.empty() || std::memcmp(before.data(), input.data(), before.size() * sizeof(float)) == 0,
+        "the input was written, " + base);
 }
 
 }  // namespace
