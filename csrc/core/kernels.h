@@ -9,7 +9,7 @@ namespace mnv4 {
 // A dense k x k convolution is the same product with a run for each tap (and unit of input channels).
 // Sums of more than kSumWhole terms are cut at multiples of kSumBlock: each part starts from zero and is then added,
 // which keeps the rounding error of long sums at that of short ones.
-inline constexpr int kSumBlock = 128;
+inline constexpr int kSumBlock = 160;
 inline constexpr int kSumWhole = 192;
 
 struct GemmArgs {

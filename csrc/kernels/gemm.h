@@ -1,7 +1,7 @@
 // Register-tiled product of a strip of pixels with one or more units of 16 output channels.
 #pragma once
 
-inline constexpr int kStrip = 512;  // pixels whose offsets are kept at once
+inline constexpr int kStrip = 208;  // pixels handled together: 32 channels of C stay in L1 between the parts of a sum
 
 struct Strip {
   std::ptrdiff_t a[kStrip], c[kStrip], r[kStrip];
@@ -141,20 +141,32 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
   const float* bias = g.bias == nullptr ? nullptr : g.bias + u * kUnit;
   alignas(64) float c_tmp[Cfg::kTallRows * kUnit];
   alignas(64) float r_tmp[Cfg::kTallRows * kUnit];
-  // tile i fetches a part of unit i % nu of what comes next: 128 / rounds bytes every two steps of k
+  float* c = g.c + u * g.c_unit;
+  const float* res = g.res != nullptr && g.last_k ? g.res + u * g.r_unit : nullptr;
+  // the tiles fetch in turn from the units that come next: 128 / rounds bytes every two steps of k
   const int terms = (g.k_blocks - 1) * g.k_len + g.k_last;
   const int all = (pixels + max_rows - 1) / max_rows, rounds = all > nu ? all / nu : 1;
-  for (int p = 0, tile = 0; p < pixels; ++tile) {
-    const char* fetch =
-        reinterpret_cast<const char*>(next.p + (tile % nu) * next.unit) + terms * 64ll / rounds * (tile / nu);
-    const std::ptrdiff_t step = next.p != b ? 128 / rounds : 0;
-    // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
-    const int left = Packed ? pixels - p : s.left[p];
-    const int tiles = (left + max_rows - 1) / max_rows;
-    const int mr = (left + tiles - 1) / tiles;
-    const TileFn fn = find_tile<Cfg, Packed>(mr, nu);
-    float* c = g.c + u * g.c_unit;
-    const float* res = g.res != nullptr && g.last_k ? g.res + u * g.r_unit : nullptr;
+  const std::ptrdiff_t step = next.p != b ? 128 / rounds : 0, round_bytes = terms / 2 * step;
+  const char* round = reinterpret_cast<const char*>(next.p);
+  int turn = 0;
+  // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
+  int tiles = 0, taller = 0, mr = 0;
+  TileFn fn = nullptr;
+  for (int p = 0; p < pixels;) {
+    if (tiles == 0) {
+      const int left = Packed ? pixels - p : s.left[p];
+      tiles = (left + max_rows - 1) / max_rows;
+      mr = (left + tiles - 1) / tiles;
+      taller = left - (mr - 1) * tiles;
+      fn = find_tile<Cfg, Packed>(mr, nu);
+    } else if (taller == 0) {
+      --mr;
+      taller = tiles;
+      fn = find_tile<Cfg, Packed>(mr, nu);
+    }
+    --tiles, --taller;
+    const char* fetch = round + turn * next.unit * static_cast<std::ptrdiff_t>(sizeof(float));
+    if (++turn == nu) turn = 0, round += round_bytes;
     if (!partial) {
       fn(g, b, bias, s.a + p, c, s.c + p, res, s.r + p, fetch, step);
       if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c, s.c + p, res, s.r + p);

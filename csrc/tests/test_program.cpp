@@ -1,5 +1,5 @@
-// Program: a list in one parallel region against the naive definition, with pairs in bands of rows and heads; workspace, scratch and
-// output of exactly the floats that are asked for.
+// Program: a list in one parallel region against the naive definition, with pairs in bands of rows and heads;
+// workspace, scratch and output of exactly the floats that are asked for.
 #include "core/program.h"
 
 #include <deque>
@@ -64,7 +64,8 @@ BlockDesc dense(Random& r, int c_in, int c_mid, int c_out, int stride) {
   return d;
 }
 
-/// kind 0: head alone. 1: stem and a dense block behind it, as a pair when the cache is small. 2: random blocks. 3: blocks and head.
+/// kind 0: head alone. 1: stem and a dense block behind it, as a pair when the cache is small. 2: random blocks. 3:
+/// blocks and head.
 List random_list(Random& r, int number, int& channels) {
   static constexpr int narrow[] = {3, 8, 15, 16, 17, 24};
   List list;
@@ -138,13 +139,16 @@ void run_case(Random& r, int number) {
       const int threads = variant < 4 ? variant + 1 : variant == 4 ? 1 : r.between(2, 4);
       set_l2(variant < 2 ? l2 : small);
       bool paired = false;
-      for (std::size_t i = 0; i + 1 < list.blocks.size() && i < 1; ++i) paired = plan_pair(list.blocks[0], list.blocks[1], h, w).band > 0;
-      const std::string what = "case " + std::to_string(number) + ", " + kernels->name + ", " + std::to_string(threads) + " threads, L2 " +
-                               std::to_string(cpu_info().l2) + (paired ? " pair" : "") + ": " + list.text() + " image " +
-                               std::to_string(n) + "x" + std::to_string(h) + "x" + std::to_string(w) + " from " + name_of(layout);
+      for (std::size_t i = 0; i + 1 < list.blocks.size() && i < 1; ++i)
+        paired = plan_pair(list.blocks[0], list.blocks[1], h, w).band > 0;
+      const std::string what = "case " + std::to_string(number) + ", " + kernels->name + ", " +
+                               std::to_string(threads) + " threads, L2 " + std::to_string(cpu_info().l2) +
+                               (paired ? " pair" : "") + ": " + list.text() + " image " + std::to_string(n) + "x" +
+                               std::to_string(h) + "x" + std::to_string(w) + " from " + name_of(layout);
       if (std::getenv("MNV4_OPS_TEST_VERBOSE") != nullptr) std::fprintf(stderr, "%s\n", what.c_str());
       const std::size_t scratch = scratch_floats(list.ops, h, w, threads);
-      const Guarded arena(scratch * threads, r.chance(70)), workspace(workspace_floats(list.ops, n, h, w), r.chance(70));
+      const Guarded arena(scratch * threads, r.chance(70)),
+          workspace(workspace_floats(list.ops, n, h, w), r.chance(70));
       out_floats = static_cast<std::size_t>(n) * shape.c * ho * wo;
       const Guarded output(out_floats, r.chance(70));
       run(list.ops, *kernels, x, n, h, w, output.data(), workspace.data(), arena.data(), scratch, threads);
@@ -153,7 +157,8 @@ void run_case(Random& r, int number) {
         check_output(output, strided_tensor(output.data(), row * ho, 1, row, shape.c), false, want, what);
         first.assign(output.data(), output.data() + out_floats);
       } else if (n > 0) {
-        CHECK(std::memcmp(first.data(), output.data(), first.size() * sizeof(float)) == 0, "not the same bits, " + what);
+        CHECK(std::memcmp(first.data(), output.data(), first.size() * sizeof(float)) == 0,
+              "not the same bits, " + what);
       }
       CHECK(arena.intact() && workspace.intact() && output.intact(), what);
     }
