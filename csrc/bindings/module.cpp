@@ -229,7 +229,7 @@ struct PyProgram {
 
 py::dict cpu_dict() {
   const CpuInfo& c = cpu_info();
-  const KernelTable* tiers[8];
+  const KernelTable* tiers[8] = {};
   const int n = available_tiers(tiers, 8);
   py::list names;
   for (int i = 0; i < n; ++i) names.append(tiers[i]->name);
@@ -258,7 +258,7 @@ py::dict build_dict() {
 
 void set_tier(const std::string& name) {
   if (force_tier(name.c_str())) return;
-  const KernelTable* tiers[8];
+  const KernelTable* tiers[8] = {};
   const int n = available_tiers(tiers, 8);
   std::string have;
   for (int i = 0; i < n; ++i) have += (i > 0 ? ", " : "") + std::string(tiers[i]->name);

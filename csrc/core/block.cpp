@@ -303,13 +303,19 @@ bool Block::split_rows(const Geometry& g, int threads) const {
   return d_.expand_kernel > 1 || static_cast<long long>(g.h2) * g.w2 >= 196LL * threads;
 }
 
+// Channels of the last unit to write. A residual from a tensor with consecutive channels has no padding to read.
+int Block::last_channels(const View& x, bool padded) const {
+  const bool whole = padded && !(d_.residual && x.unit == kUnit);
+  return whole || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit;
+}
+
 void Block::run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1,
                       float* scratch) const {
   const Geometry g = geometry(d_, h, w);
   const Plan p = plan(g, y1 - y0, 1);
   Team t;
   t.shared = scratch, t.local = scratch + p.shared();
-  run_rows(k, t, x, out, padded || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit, g, y0, y1);
+  run_rows(k, t, x, out, last_channels(x, padded), g, y0, y1);
 }
 
 std::size_t Block::rows_floats(int h, int w, int rows) const {
@@ -319,7 +325,7 @@ std::size_t Block::rows_floats(int h, int w, int rows) const {
 
 bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {
   const Geometry g = geometry(d_, h, w);
-  const int n_last = padded || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit;
+  const int n_last = last_channels(x.image, padded);
   auto member = [&](const Plan& p, int tid, int team, float* base) {
     Team t;
     t.tid = tid, t.n = team, t.barrier = r.barrier;

@@ -151,6 +151,7 @@ class Block {
 
  private:
   Plan plan(const Geometry& g, int rows, int team) const;
+  int last_channels(const View& x, bool padded) const;
   bool split_rows(const Geometry& g, int threads) const;
   void run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g,
                 int y0, int y1) const;

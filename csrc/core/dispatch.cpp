@@ -33,7 +33,7 @@ int available_tiers(const KernelTable** out, int max) {
 const KernelTable& active_kernels() {
   const KernelTable* t = active.load(std::memory_order_acquire);
   if (t == nullptr) {
-    const KernelTable* tiers[8];
+    const KernelTable* tiers[8] = {};
     t = tiers[available_tiers(tiers, 8) - 1];
     active.store(t, std::memory_order_release);
   }
@@ -41,7 +41,7 @@ const KernelTable& active_kernels() {
 }
 
 bool force_tier(const char* name) {
-  const KernelTable* tiers[8];
+  const KernelTable* tiers[8] = {};
   const int n = available_tiers(tiers, 8);
   for (int i = 0; i < n; ++i) {
     if (std::strcmp(tiers[i]->name, name) == 0) {

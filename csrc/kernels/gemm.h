@@ -196,7 +196,8 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
 template <class F>
 MNV4_INLINE void for_sum_blocks(const GemmArgs& g, F f) {
   const int total = (g.k_blocks - 1) * g.k_len + g.k_last;
-  if (total <= kSumWhole) return f(g, true);
+  // a chunk of a longer sum is cut like the whole
+  if (total <= (g.first_k && g.last_k ? kSumWhole : kSumBlock)) return f(g, true);
   for (int k = 0, blk = 0; k < total;) {
     GemmArgs part = g;
     part.b += static_cast<std::ptrdiff_t>(k) * kUnit;

@@ -25,9 +25,9 @@ void phases(void* ctx, int tid, int n_threads) {
     p.barrier.wait(tid, n_threads);
   }
   p.team.store(n_threads);
-  int nested = 0;
-  mnv4::parallel_run(3, [](void* out, int, int n) { *static_cast<int*>(out) = n; }, &nested);
-  if (n_threads > 1 && nested != 1) p.errors.fetch_add(1);
+  std::atomic<int> nested{0};  // written by each thread, should the region not be serial
+  mnv4::parallel_run(3, [](void* out, int, int n) { static_cast<std::atomic<int>*>(out)->store(n); }, &nested);
+  if (n_threads > 1 && nested.load() != 1) p.errors.fetch_add(1);
 }
 
 int run(int threads, int expected) {
