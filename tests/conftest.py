@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,17 @@ def _fixed_seeds() -> None:
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002 - timm and scikit-image draw from the global state
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _disabled_afterwards() -> Iterator[None]:
+    """No test sees what an earlier one enabled."""
+    yield
+    patch = sys.modules.get("mnv4_ops.patch")
+    if patch is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch.disable()
 
 
 def _called_from_package() -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from isolate_helpers import say
 from typer.testing import CliRunner
 
 from mnv4_ops import _native, check
@@ -262,26 +263,16 @@ def test_cpus() -> None:
         machine.pick_cpus(len(cpus) + 1)
 
 
-def _say(request: str, notify: isolate.Notify) -> Any:
-    notify({"said": request})
-    if request == "bench_error":
-        raise BenchError("that was wrong")
-    if request == "crash":
-        os.write(1, b"last words\n")
-        os._exit(9)
-    return len(machine.available_cpus()), torch.get_num_threads()
-
-
 def test_a_fresh_process_is_pinned_and_its_end_is_noticed() -> None:
     heard: list[Any] = []
     before = machine.available_cpus()
-    assert isolate.run(_say, "hello", threads=1, notify=heard.append) == (1, 1)
+    assert isolate.run(say, "hello", threads=1, notify=heard.append) == (1, 1)
     assert heard == [{"said": "hello"}]
     assert machine.available_cpus() == before
     with pytest.raises(BenchError, match="that was wrong"):
-        isolate.run(_say, "bench_error", threads=1, notify=heard.append)
+        isolate.run(say, "bench_error", threads=1, notify=heard.append)
     with pytest.raises(RuntimeError, match=r"(?s)exit code 9.*last words"):
-        isolate.run(_say, "crash", threads=1, notify=heard.append)
+        isolate.run(say, "crash", threads=1, notify=heard.append)
 
 
 def test_models_by_short_name_and_group() -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -194,7 +195,10 @@ def test_somebody_who_patches_on_top_is_left_alone(model: nn.Module) -> None:
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    # not in the checkout, whose bare source tree would be imported
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tempfile.gettempdir()
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
