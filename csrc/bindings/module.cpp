@@ -46,9 +46,11 @@ struct Arena {
     if (need > floats) {
       data.reset();
       floats = 0;
-      const std::size_t bytes = (need * sizeof(float) + 4095) / 4096 * 4096;
-      data.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+      const std::size_t page = need * sizeof(float) >= kHugePage / 2 ? kHugePage : 4096;
+      const std::size_t bytes = (need * sizeof(float) + page - 1) / page * page;
+      data.reset(static_cast<float*>(std::aligned_alloc(page, bytes)));
       if (data == nullptr) throw std::bad_alloc();
+      if (page == kHugePage) advise_huge(data.get(), bytes);
       floats = bytes / sizeof(float);
     }
     return data.get();
@@ -297,6 +299,7 @@ double fma_peak(int threads, double seconds) {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
+  pool_buffers();
   m.doc() = "native kernels of mnv4_ops";
   m.def("cpu_info", &cpu_dict);
   m.def("build_info", &build_dict);

@@ -84,11 +84,18 @@ struct StageParams {
 };
 
 struct AlignedFree {
+  std::shared_ptr<void> chunk;  // the pool's memory that the buffer is a part of; empty: a buffer of its own
   void operator()(float* p) const;
 };
 using Buffer = std::unique_ptr<float[], AlignedFree>;
 /// 64-byte aligned, zeroed. Null when there is no memory.
 Buffer make_buffer(std::size_t floats);
+/// From now on buffers share chunks of huge pages, where the system has them: a forward reads all weights once, which on small pages
+/// costs an address translation every 4 KB and evicts those of everything else.
+void pool_buffers();
+/// Asks for huge pages in memory aligned to kHugePage.
+void advise_huge(void* p, std::size_t bytes);
+inline constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 /// Folds BatchNorm and layer scale in float64 and writes [unit][k][16] and [unit][16].
 /// Weight is [c_out, c_in, kernel, kernel]; k runs over kernel row, kernel column, input channel.

@@ -1,21 +1,10 @@
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <vector>
 
 #include "core/block.h"
 
 namespace mnv4 {
-
-void AlignedFree::operator()(float* p) const { std::free(p); }
-
-Buffer make_buffer(std::size_t floats) {
-  const std::size_t bytes = (std::max<std::size_t>(floats, 16) * sizeof(float) + 63) / 64 * 64;
-  float* p = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (p != nullptr) std::memset(p, 0, bytes);
-  return Buffer(p);
-}
 
 namespace {
 
