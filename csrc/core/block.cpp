@@ -81,27 +81,22 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
     if (pixels > 0 && g.units > 0) k.gemm(g);
     return;
   }
-  // parts of units x parts of pixels = threads; the split whose largest part is smallest wins, units first (weights are
-  // read once)
-  int best_u = 1;
-  long long best = -1;
-  for (int pu = t.n; pu >= 1; --pu) {
-    if (t.n % pu != 0) continue;
-    const int pp = t.n / pu;
-    const long long cost = static_cast<long long>((g.units + pu - 1) / pu) * ((pixels + pp - 1) / pp);
-    if (best < 0 || cost < best) best = cost, best_u = pu;
-  }
-  const int pp = t.n / best_u;
-  const Range u = split(g.units, best_u, t.tid % best_u), p = split(pixels, pp, t.tid / best_u);
-  if (u.lo == u.hi || p.lo == p.hi) return;
-  if (u.hi < g.units) g.n_last = kUnit;
-  g.b += u.lo * g.b_unit;
-  if (g.bias != nullptr) g.bias += u.lo * kUnit;
-  g.c += u.lo * g.c_unit;
-  if (g.res != nullptr) g.res += u.lo * g.r_unit;
-  g.units = u.hi - u.lo;
-  g.p_begin = p.lo, g.p_end = p.hi;
-  k.gemm(g);
+  // groups of units, each in parts of pixels where there are few groups
+  const int size = g.units >= 4 * kTask * t.n ? kTask : 2, groups = (g.units + size - 1) / size;
+  const int parts = std::max(1, std::min((4 * t.n + groups - 1) / groups, pixels / 24));
+  t.share(groups * parts, 1, [&](int i, int) {
+    const int lo = i / parts * size, hi = std::min(g.units, lo + size);
+    const Range p = split(pixels, parts, i % parts);
+    GemmArgs part = g;
+    if (hi < g.units) part.n_last = kUnit;
+    part.b += lo * g.b_unit;
+    if (g.bias != nullptr) part.bias += lo * kUnit;
+    part.c += lo * g.c_unit;
+    if (g.res != nullptr) part.res += lo * g.r_unit;
+    part.units = hi - lo;
+    part.p_begin = p.lo, part.p_end = p.hi;
+    k.gemm(part);
+  });
 }
 
 namespace {
@@ -147,35 +142,36 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     // front: start depthwise of all input units, or zero-bordered input rows of the dense convolution
     const int lo = n0 * s1 - g.top1, hi = (n1 - 1) * s1 - g.top1 + k1;
     if (start) {
-      const Range u = split(ui, t.n, t.tid);
-      for (int i = u.lo; i < u.hi; ++i) {
-        load_rows(k, x, i, std::min(kUnit, d_.c_in - i * kUnit), g, lo, hi, t.local);
-        for (int r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
-          std::ptrdiff_t off[kRowsAtOnce * 5];
-          const int n = std::min(kRowsAtOnce, rows - r0);
-          for (int r = 0; r < n; ++r) {
-            for (int ky = 0; ky < k1; ++ky) {
-              const int y = (n0 + r0 + r) * s1 - g.top1 + ky;
-              off[r * k1 + ky] = y < 0 || y >= g.h ? -1 : (y - lo) * pitch1;
+      t.share(ui, 1, [&](int first, int end) {
+        for (int i = first; i < end; ++i) {
+          load_rows(k, x, i, std::min(kUnit, d_.c_in - i * kUnit), g, lo, hi, t.local);
+          for (int r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
+            std::ptrdiff_t off[kRowsAtOnce * 5];
+            const int n = std::min(kRowsAtOnce, rows - r0);
+            for (int r = 0; r < n; ++r) {
+              for (int ky = 0; ky < k1; ++ky) {
+                const int y = (n0 + r0 + r) * s1 - g.top1 + ky;
+                off[r * k1 + ky] = y < 0 || y >= g.h ? -1 : (y - lo) * pitch1;
+              }
+            }
+            DepthwiseArgs a;
+            a.src = t.local, a.row_off = off, a.kernel = k1, a.stride = s1;
+            a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
+            a.bias = bias(Stage::start) + i * kUnit;
+            a.dst = front + (static_cast<std::ptrdiff_t>(i) * rows + r0) * g.w1 * kUnit;
+            a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
+            a.rows = n, a.cols = g.w1, a.act = d_.act[0];
+            k.depthwise(a);
+          }
+          if (!d_.expand && !d_.project) {
+            const int channels = i + 1 == uo ? n_last : kUnit;
+            for (int r = 0; r < rows; ++r) {
+              k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit,
+                           out.p + i * out.unit + (o0 + r) * out.row, out.pix, out.chan, g.w1, channels);
             }
           }
-          DepthwiseArgs a;
-          a.src = t.local, a.row_off = off, a.kernel = k1, a.stride = s1;
-          a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
-          a.bias = bias(Stage::start) + i * kUnit;
-          a.dst = front + (static_cast<std::ptrdiff_t>(i) * rows + r0) * g.w1 * kUnit;
-          a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
-          a.rows = n, a.cols = g.w1, a.act = d_.act[0];
-          k.depthwise(a);
         }
-        if (!d_.expand && !d_.project) {
-          const int channels = i + 1 == uo ? n_last : kUnit;
-          for (int r = 0; r < rows; ++r) {
-            k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit,
-                         out.p + i * out.unit + (o0 + r) * out.row, out.pix, out.chan, g.w1, channels);
-          }
-        }
-      }
+      });
       t.sync();
     }
 
@@ -208,7 +204,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       a.act = d_.act[1], a.units = c1 - c0, a.rows = rows;
       const Upcoming down{weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit,
                           static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, uo};
-      (d_.project ? down : t.after).announce(a, t.tid, t.n);
+      (d_.project ? down : t.after).announce(a, t.tid);
       if (!mid) {
         if (d_.project) {
           a.c = middle, a.c_pix = kUnit, a.c_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit, a.c_unit = middle_plane;
@@ -225,48 +221,51 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         }
       } else {
         // a thread expands its own units and runs the mid depthwise on them: no barrier in between
-        const Range u = split(c1 - c0, t.n, t.tid);
         float* base = expanded + (p.ring ? static_cast<std::ptrdiff_t>(c0) * plane2 : 0);
-        for (int i = u.lo; i < u.hi; ++i) {
-          for (int e = n0; e < n1; ++e) {
-            float* row = base + i * plane2 + ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
-            std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
-            std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
-          }
-        }
-        // rows of the ring are consecutive but for the wrap
-        for (int e = n0; u.lo < u.hi && e < n1;) {
-          const int slot = (p.ring ? e : e - e0) % p.ring_rows;
-          const int n = std::min(n1 - e, p.ring_rows - slot);
-          GemmArgs s = a;
-          s.a += (e - n0) * s.a_row;
-          s.rows = n, s.units = u.hi - u.lo;
-          s.b += u.lo * b_unit, s.bias += u.lo * kUnit;
-          s.c = base + u.lo * plane2 + slot * pitch2 + g.left2 * kUnit;
-          s.c_pix = kUnit, s.c_row = pitch2, s.c_unit = plane2;
-          k.gemm(s);
-          e += n;
-        }
-        for (int r0 = o0; r0 < o1; r0 += kRowsAtOnce) {
-          std::ptrdiff_t off[kRowsAtOnce * 5];
-          const int n = std::min(kRowsAtOnce, o1 - r0);
-          for (int r = 0; r < n; ++r) {
-            for (int ky = 0; ky < k2; ++ky) {
-              const int e = (r0 + r) * s2 - g.top2 + ky;
-              off[r * k2 + ky] = e < 0 || e >= g.h1 ? -1 : ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
+        const int task = std::max(2, std::min(kTask, (c1 - c0) / (4 * t.n) * 2));
+        t.share(c1 - c0, task, [&](int first, int end) {
+          const Range u{first, end};
+          for (int i = u.lo; i < u.hi; ++i) {
+            for (int e = n0; e < n1; ++e) {
+              float* row = base + i * plane2 + ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
+              std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
+              std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
             }
           }
-          for (int i = u.lo; i < u.hi; ++i) {
-            DepthwiseArgs m;
-            m.src = base + i * plane2, m.row_off = off, m.kernel = k2, m.stride = s2;
-            m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + i) * k2 * k2 * kUnit;
-            m.bias = bias(Stage::mid) + (c0 + i) * kUnit;
-            m.dst = middle + i * middle_plane + static_cast<std::ptrdiff_t>(r0 - o0) * g.w2 * kUnit;
-            m.dst_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit;
-            m.rows = n, m.cols = g.w2, m.act = d_.act[2];
-            k.depthwise(m);
+          // rows of the ring are consecutive but for the wrap
+          for (int e = n0; u.lo < u.hi && e < n1;) {
+            const int slot = (p.ring ? e : e - e0) % p.ring_rows;
+            const int n = std::min(n1 - e, p.ring_rows - slot);
+            GemmArgs s = a;
+            s.a += (e - n0) * s.a_row;
+            s.rows = n, s.units = u.hi - u.lo;
+            s.b += u.lo * b_unit, s.bias += u.lo * kUnit;
+            s.c = base + u.lo * plane2 + slot * pitch2 + g.left2 * kUnit;
+            s.c_pix = kUnit, s.c_row = pitch2, s.c_unit = plane2;
+            k.gemm(s);
+            e += n;
           }
-        }
+          for (int r0 = o0; r0 < o1; r0 += kRowsAtOnce) {
+            std::ptrdiff_t off[kRowsAtOnce * 5];
+            const int n = std::min(kRowsAtOnce, o1 - r0);
+            for (int r = 0; r < n; ++r) {
+              for (int ky = 0; ky < k2; ++ky) {
+                const int e = (r0 + r) * s2 - g.top2 + ky;
+                off[r * k2 + ky] = e < 0 || e >= g.h1 ? -1 : ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
+              }
+            }
+            for (int i = u.lo; i < u.hi; ++i) {
+              DepthwiseArgs m;
+              m.src = base + i * plane2, m.row_off = off, m.kernel = k2, m.stride = s2;
+              m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + i) * k2 * k2 * kUnit;
+              m.bias = bias(Stage::mid) + (c0 + i) * kUnit;
+              m.dst = middle + i * middle_plane + static_cast<std::ptrdiff_t>(r0 - o0) * g.w2 * kUnit;
+              m.dst_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit;
+              m.rows = n, m.cols = g.w2, m.act = d_.act[2];
+              k.depthwise(m);
+            }
+          }
+        });
       }
       t.sync();
       if (!d_.project) continue;
@@ -280,7 +279,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3];
       const int c2 = c1 < ue ? c1 : 0;  // the next chunk, or the first one of the next band
       const Upcoming up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
-      (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.tid, t.n);
+      (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.tid);
       gemm_split(k, t, b);
       t.sync();
     }
@@ -331,6 +330,7 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
     t.tid = tid, t.n = team, t.barrier = r.barrier;
     t.shared = base;
     t.after = r.after;
+    t.tickets = team > 1 ? r.tickets : nullptr, t.first_ticket = r.first_ticket;
     t.local = base + p.shared() + tid * p.local;
     return t;
   };
@@ -352,8 +352,9 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   const Plan team = plan(g, g.h2, r.n);
   if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
   // run_rows leaves its team synchronized
-  for (int i = whole; i < n; ++i)
-    run_rows(*r.kernels, member(team, r.tid, r.n, r.arena), x.at(i), out.at(i), n_last, g, 0, g.h2);
+  const Team t = member(team, r.tid, r.n, r.arena);
+  for (int i = whole; i < n; ++i) run_rows(*r.kernels, t, x.at(i), out.at(i), n_last, g, 0, g.h2);
+  r.first_ticket = t.first_ticket;
   return true;
 }
 

@@ -52,14 +52,16 @@ struct Plan {
   std::size_t shared() const { return front + expanded + middle; }
 };
 
+inline constexpr int kTask = 4;  // units that a thread of a team takes at a time, where there are enough of them
+
 /// The matrix that a later operation reads first, fetched towards the end of the one before it.
 struct Upcoming {
   const float* weight = nullptr;
   std::ptrdiff_t unit = 0;  // floats between units
   int units = 0;
-  /// Lets thread tid of n fetch where its own part begins.
-  void announce(GemmArgs& g, int tid, int n) const {
-    if (weight != nullptr) g.then = weight + units * tid / n * unit, g.then_unit = unit;
+  /// Lets a thread of a team fetch what it is likely to take first.
+  void announce(GemmArgs& g, int tid) const {
+    if (weight != nullptr) g.then = weight + (kTask * tid < units ? kTask * tid : 0) * unit, g.then_unit = unit;
   }
 };
 
@@ -69,7 +71,26 @@ struct Team {
   Barrier* barrier = nullptr;
   float* shared = nullptr;
   float* local = nullptr;
+  std::atomic<int>* tickets = nullptr;  // null: equal parts
+  mutable int first_ticket = 0;
   Upcoming after;  // of the next block
+  /// Calls f(lo, hi) on parts of [0, count): all of it alone, otherwise parts of `size` as threads become free, since a
+  /// thread may be slowed down by others on its core. Each thread draws one ticket that is too high.
+  template <class F>
+  void share(int count, int size, F f) const {
+    if (n == 1) {
+      if (count > 0) f(0, count);
+      return;
+    }
+    const int parts = (count + size - 1) / size;
+    auto part = [&](int i) { f(i * size, i * size + size < count ? i * size + size : count); };
+    if (tickets == nullptr) {
+      for (int i = parts * tid / n; i < parts * (tid + 1) / n; ++i) part(i);
+      return;
+    }
+    for (int i; (i = tickets->fetch_add(1, std::memory_order_relaxed) - first_ticket) < parts;) part(i);
+    first_ticket += parts + n;
+  }
   void sync() const {
     if (n > 1) barrier->wait(tid, n);
   }
@@ -90,8 +111,8 @@ struct AlignedFree {
 using Buffer = std::unique_ptr<float[], AlignedFree>;
 /// 64-byte aligned, zeroed. Null when there is no memory.
 Buffer make_buffer(std::size_t floats);
-/// From now on buffers share chunks of huge pages, where the system has them: a forward reads all weights once, which on small pages
-/// costs an address translation every 4 KB and evicts those of everything else.
+/// From now on buffers share chunks of huge pages, where the system has them: a forward reads all weights once, which
+/// on small pages costs an address translation every 4 KB and evicts those of everything else.
 void pool_buffers();
 /// Asks for huge pages in memory aligned to kHugePage.
 void advise_huge(void* p, std::size_t bytes);
@@ -111,17 +132,19 @@ struct Region {
   std::size_t scratch_floats = 0;  // of one thread
   int tid = 0, n = 1;
   Upcoming after;
-  std::atomic<int>* tickets = nullptr;  // images are taken as threads become free
-  int first_ticket = 0;
+  std::atomic<int>* tickets = nullptr;  // images and parts of images are taken as threads become free
+  mutable int first_ticket = 0;
   /// Calls f(i) for the images of this thread, of `whole` in all; each thread draws one ticket that is too high.
   /// Without tickets: equal parts.
   template <class F>
   void each_image(int whole, F f) const {
+    if (whole == 0) return;  // nothing drawn, so no barrier is needed before the next draw
     if (tickets == nullptr) {
       for (int i = tid * (whole / n); i < (tid + 1) * (whole / n); ++i) f(i);
       return;
     }
     for (int i; (i = tickets->fetch_add(1, std::memory_order_relaxed) - first_ticket) < whole;) f(i);
+    first_ticket += whole + n;
   }
   float* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
 };

@@ -79,7 +79,6 @@ void body(void* ctx, int tid, int threads) {
                last ? image_tensor(c.out, d.c_out, g) : blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2), !last,
                c.n, h, w);
       if (threads > 1) c.barrier.wait(tid, threads);
-      r.first_ticket += c.n / threads * threads + threads;
       lap(i);
       x = blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2);
       h = g.h2, w = g.w2;
@@ -92,7 +91,6 @@ void body(void* ctx, int tid, int threads) {
     const bool last = i + 1 == ops.size();
     const Tensor to = last ? image_tensor(c.out, channels, g) : blocked_tensor(half[i % 2], channels, g.h2, g.w2);
     if (!b.run(r, x, to, !last, c.n, h, w)) c.barrier.wait(tid, threads);
-    r.first_ticket += c.n / threads * threads + threads;
     lap(i);
     x = to, h = g.h2, w = g.w2;
   }
