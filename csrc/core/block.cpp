@@ -101,8 +101,7 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
 
 namespace {
 
-// copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders; returns offsets by
-// row
+// copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders
 void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi,
                float* dst) {
   const std::ptrdiff_t pitch = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
