@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, Spec, UIBSpec
 
 from .layers import ABSENT, Stage, padding_of
-from .record import Part, Recorder, Unsupported
+from .record import Call, Part, Recipe, Recorder, Unsupported
+
+# the stages of a model's head but its classifier, read from the modules of one library
+Hidden = Callable[[Recorder], Stage]
 
 
 def _part(rec: Recorder, node: int, slot: str, spec: Spec, op: str, params: list, eps: list, *args: object) -> Part:
@@ -92,16 +97,59 @@ def conv_bn_act(rec: Recorder, node: int, stage: Stage, slot: str = "block") -> 
     return _part(rec, node, slot, spec, "conv_bn_act", params, eps, stage.stride, padding, stage.act)
 
 
-def head(rec: Recorder, node: int, hidden: Stage, linear: Stage | None, c_in: int, slot: str) -> Part:
-    """Pool, 1x1 + act, classifier; `merge_feat` adds the 1x1 before the pool."""
+def _classifier(rec: Recorder, linears: tuple[type, ...]) -> Stage | None:
+    node = rec.child(0, "classifier")
+    kind = type(rec.modules[node])
+    if kind is nn.Identity:
+        return None
+    if kind not in linears:
+        raise Unsupported(f"classifier is a {kind.__name__}, not a Linear")
+    weight, bias = rec.tensor(node, "weight"), rec.tensor(node, "bias", optional=True)
+    assert weight is not None
+    return Stage([weight, bias, None, None, None, None], 0.0, weight.shape[1], weight.shape[0], 1, 1, 1, None)
+
+
+def head(rec: Recorder, hidden_of: Hidden, linears: tuple[type, ...], pre_logits: bool) -> Part:
+    """Pool, 1x1 + act, flatten, classifier (not with `pre_logits`); `linears` are the exact classes of the last."""
+    # dropout before the classifier acts in training only
+    rec.evaluating(0)
+    hidden = hidden_of(rec)
+    flatten = rec.child(0, "flatten")
+    if type(rec.modules[flatten]) is not nn.Flatten or rec.attribute(flatten, "start_dim") != 1:
+        raise Unsupported("a head that does not flatten has no kernel")
     if (hidden.kernel, hidden.stride, hidden.groups) != (1, 1, 1):
-        raise Unsupported(f"{rec.path(node, 'conv_head')}: only a 1x1 convolution has a kernel here")
-    spec = _spec(rec, node, HeadSpec, c_in, 0, hidden.c_out, linear.c_out if linear else 0, hidden.act)
+        raise Unsupported("conv_head: only a 1x1 convolution has a kernel here")
+    linear = None if pre_logits else _classifier(rec, linears)
+    c_in = hidden.c_in
+    spec = _spec(rec, 0, HeadSpec, c_in, 0, hidden.c_out, linear.c_out if linear else 0, hidden.act)
     params, eps = _params(None, hidden, linear)
-    return _part(rec, node, slot, spec, "head", params, eps, hidden.act)
+    return _part(rec, 0, "pre_logits" if pre_logits else "head", spec, "head", params, eps, hidden.act)
 
 
-def merge_feat(feat: Part, tail: Part) -> Part | None:
+def with_head(rec: Recorder, recipe: Recipe, head: Callable[[Recorder], Part]) -> Recipe:
+    """Adds the head to the trunk in `recipe`, as one op with the last 1x1 where that goes."""
+    mark = rec.mark()
+    try:
+        tail = head(rec)
+    except Unsupported as error:
+        rec.rewind(mark)
+        recipe.steps.append(Call(0, "forward_head", str(error)))
+        return recipe
+    last = recipe.steps[-1]
+    merged = _merge_feat(last, tail) if isinstance(last, Part) else None
+    recipe.steps[len(recipe.steps) - (merged is not None) :] = [merged or tail]
+    return recipe
+
+
+def not_overridden(rec: Recorder, cls: type, *names: str) -> None:
+    """Refuses a model whose instance or class has its own methods of these names."""
+    for name in names:
+        rec.absent(0, name)
+        if getattr(type(rec.modules[0]), name) is not getattr(cls, name):
+            raise Unsupported(f"{type(rec.modules[0]).__name__} has its own {name}")
+
+
+def _merge_feat(feat: Part, tail: Part) -> Part | None:
     """The last 1x1 of the trunk and the head as one op, where their activations are the same."""
     f, t = feat.spec, tail.spec
     if not (isinstance(f, ConvSpec) and isinstance(t, HeadSpec)):

@@ -10,7 +10,7 @@ from mnv4_ops.reference import modules as R
 from . import blocks
 from .layers import Family, Stage, act_of, conv, layer_scale, norm
 from .models import trunk
-from .record import Call, Part, Recipe, Recorder, Unsupported
+from .record import Part, Recipe, Recorder, Unsupported
 
 FAMILY = Family(
     convs=(R.Conv2d, nn.Conv2d),
@@ -73,47 +73,17 @@ def _stem(rec: Recorder) -> Part:
     return blocks.conv_bn_act(rec, 0, _conv_norm_act(rec, 0, "conv_stem", "bn1", "act1"), "stem")
 
 
-def _head(rec: Recorder, pre_logits: bool) -> Part:
-    # dropout before the classifier acts in training only
-    rec.evaluating(0)
-    pool, flatten = rec.child(0, "global_pool"), rec.child(0, "flatten")
+def _hidden(rec: Recorder) -> Stage:
+    pool = rec.child(0, "global_pool")
     if type(rec.modules[pool]) is not nn.AdaptiveAvgPool2d or rec.attribute(pool, "output_size") not in (1, (1, 1)):
         raise Unsupported("global_pool is not an average over all pixels")
-    if type(rec.modules[flatten]) is not nn.Flatten or rec.attribute(flatten, "start_dim") != 1:
-        raise Unsupported("a head that does not flatten has no kernel")
-    hidden = _conv_norm_act(rec, 0, "conv_head", "norm_head", "act2")
-    linear = None
-    if not pre_logits:
-        node = rec.child(0, "classifier")
-        kind = type(rec.modules[node])
-        if kind is nn.Linear:
-            weight, bias = rec.tensor(node, "weight"), rec.tensor(node, "bias", optional=True)
-            assert weight is not None
-            params = [weight, bias, None, None, None, None]
-            linear = Stage(params, 0.0, weight.shape[1], weight.shape[0], 1, 1, 1, None)
-        elif kind is not nn.Identity:
-            raise Unsupported(f"classifier is a {kind.__name__}, not a Linear")
-    return blocks.head(rec, 0, hidden, linear, hidden.c_in, "pre_logits" if pre_logits else "head")
+    return _conv_norm_act(rec, 0, "conv_head", "norm_head", "act2")
 
 
 def forward(rec: Recorder) -> Recipe:
-    for name in ("forward_features", "forward_head"):
-        rec.absent(0, name)
-        if getattr(type(rec.modules[0]), name) is not getattr(M.MobileNetV4, name):
-            raise Unsupported(f"{type(rec.modules[0]).__name__} has its own {name}")
+    blocks.not_overridden(rec, M.MobileNetV4, "forward_features", "forward_head")
     rec.evaluating(0)
-    recipe = forward_features(rec)
-    mark = rec.mark()
-    try:
-        tail = _head(rec, pre_logits=False)
-    except Unsupported as error:
-        rec.rewind(mark)
-        recipe.steps.append(Call(0, "forward_head", str(error)))
-        return recipe
-    last = recipe.steps[-1]
-    merged = blocks.merge_feat(last, tail) if isinstance(last, Part) else None
-    recipe.steps[len(recipe.steps) - (merged is not None) :] = [merged or tail]
-    return recipe
+    return blocks.with_head(rec, forward_features(rec), _head)
 
 
 def forward_features(rec: Recorder) -> Recipe:
@@ -122,8 +92,12 @@ def forward_features(rec: Recorder) -> Recipe:
     return recipe
 
 
+def _head(rec: Recorder, pre_logits: bool = False) -> Part:
+    return blocks.head(rec, _hidden, (nn.Linear,), pre_logits)
+
+
 def forward_head(rec: Recorder) -> Recipe:
-    return Recipe([_head(rec, pre_logits=False)])
+    return Recipe([_head(rec)])
 
 
 def pre_logits(rec: Recorder) -> Recipe:

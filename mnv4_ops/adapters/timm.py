@@ -16,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from . import blocks
 from .layers import Family, Stage, act_of, conv, layer_scale, norm
 from .models import trunk
-from .record import Call, Part, Recipe, Recorder, Unsupported
+from .record import Part, Recipe, Recorder, Unsupported
 
 FAMILY = Family(
     convs=(nn.Conv2d,),
@@ -119,32 +119,20 @@ def _pool(rec: Recorder) -> None:
     inner = rec.child(node, "pool")
     if type(rec.modules[inner]) is nn.AdaptiveAvgPool2d and rec.attribute(inner, "output_size") not in (1, (1, 1)):
         raise Unsupported("global_pool with more than one output pixel has no kernel")
-    flatten = rec.child(0, "flatten")
-    if type(rec.modules[flatten]) is not nn.Flatten or rec.attribute(flatten, "start_dim") != 1:
-        raise Unsupported("a head that does not flatten has no kernel")
 
 
-def _head(rec: Recorder, pre_logits: bool) -> Part:
-    # dropout before the classifier acts in training only
-    rec.evaluating(0)
+def _hidden(rec: Recorder) -> Stage:
     _pool(rec)
     hidden = _conv_norm(rec, 0, "conv_head", "norm_head")
     act = act_of(rec, rec.child(0, "act2"), FAMILY)
     if act != "none" and hidden.act != "none":
         raise Unsupported("act2: two activations after conv_head")
     hidden.act = hidden.act if act == "none" else act
-    linear = None
-    if not pre_logits:
-        node = rec.child(0, "classifier")
-        kind = type(rec.modules[node])
-        if kind in (nn.Linear, L.Linear):
-            weight, bias = rec.tensor(node, "weight"), rec.tensor(node, "bias", optional=True)
-            assert weight is not None
-            params = [weight, bias, None, None, None, None]
-            linear = Stage(params, 0.0, weight.shape[1], weight.shape[0], 1, 1, 1, None)
-        elif kind is not nn.Identity:
-            raise Unsupported(f"classifier is a {kind.__name__}, not a Linear")
-    return blocks.head(rec, 0, hidden, linear, hidden.c_in, "pre_logits" if pre_logits else "head")
+    return hidden
+
+
+def _head(rec: Recorder, pre_logits: bool = False) -> Part:
+    return blocks.head(rec, _hidden, (nn.Linear, L.Linear), pre_logits)
 
 
 def _trunk(rec: Recorder, recipe: Recipe, emit: dict[int, int] | None = None) -> None:
@@ -154,29 +142,10 @@ def _trunk(rec: Recorder, recipe: Recipe, emit: dict[int, int] | None = None) ->
     trunk(rec, recipe, _stem, stem_modules, BLOCKS, emit)
 
 
-def _not_overridden(rec: Recorder, *names: str) -> None:
-    for name in names:
-        rec.absent(0, name)
-        if getattr(type(rec.modules[0]), name) is not getattr(M.MobileNetV3, name):
-            raise Unsupported(f"{type(rec.modules[0]).__name__} has its own {name}")
-
-
 def forward(rec: Recorder) -> Recipe:
-    _not_overridden(rec, "forward_features", "forward_head")
-    recipe = Recipe()
+    blocks.not_overridden(rec, M.MobileNetV3, "forward_features", "forward_head")
     rec.evaluating(0)
-    _trunk(rec, recipe)
-    mark = rec.mark()
-    try:
-        tail = _head(rec, pre_logits=False)
-    except Unsupported as error:
-        rec.rewind(mark)
-        recipe.steps.append(Call(0, "forward_head", str(error)))
-        return recipe
-    last = recipe.steps[-1]
-    merged = blocks.merge_feat(last, tail) if isinstance(last, Part) else None
-    recipe.steps[len(recipe.steps) - (merged is not None) :] = [merged or tail]
-    return recipe
+    return blocks.with_head(rec, forward_features(rec), _head)
 
 
 def forward_features(rec: Recorder) -> Recipe:
@@ -186,7 +155,7 @@ def forward_features(rec: Recorder) -> Recipe:
 
 
 def forward_head(rec: Recorder) -> Recipe:
-    return Recipe([_head(rec, pre_logits=False)])
+    return Recipe([_head(rec)])
 
 
 def pre_logits(rec: Recorder) -> Recipe:
