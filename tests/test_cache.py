@@ -164,6 +164,24 @@ def test_a_change_is_seen(change: Callable[[Any], None]) -> None:
     check(block)
 
 
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_view_of_another_dtype_at_the_same_address_is_seen(name: str) -> None:
+    core: Any = _native.core
+    block = make().requires_grad_(False)
+    check(block)
+    guard: Any = cache._sides[id(block)].plans["uib"].guard
+    t = block.pw_exp.conv.weight if name == "weight" else block.pw_exp.bn.running_var
+    t.data = t.data.view(torch.int32)
+    assert guard.check(block, False) == core.Guard.STALE
+    assert name in guard.where()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        block(X)  # what torch says
+    t.data = t.data.view(torch.float32)
+    assert guard.check(block, False) == 0
+    # read as one word of the tensor, so that the check costs no more
+    assert core.dtype_word_found()
+
+
 @pytest.mark.parametrize(
     "change", [in_place, train_forward, data_swap, new_module, load, skip], ids=lambda f: f.__name__
 )

@@ -3,7 +3,8 @@
 // Modules, dicts and tensors are borrowed. Each pointer is used only after the object that holds it was found
 // unchanged, from the root (which the caller passes, alive) downwards, so nothing here keeps a module alive. The
 // storages are kept alive by aliases (detached tensors): an address that was recorded cannot be given to another
-// tensor, so it stands for dtype and device as well.
+// tensor, and says which memory it is, whatever the device. A view that was assigned to `.data` may have the same
+// address and another dtype, so that is compared as well.
 #include "guard.h"
 
 #include <algorithm>
@@ -59,6 +60,7 @@ const Names& names() {
 struct TensorApi {
   PyGetSetDef* version = nullptr;
   PyGetSetDef* requires_grad = nullptr;
+  PyGetSetDef* dtype = nullptr;
   PyCFunction data_ptr = nullptr;
 
   static PyGetSetDef* getset(const py::object& type, const char* name) {
@@ -70,6 +72,7 @@ struct TensorApi {
     py::object type = py::module_::import("torch").attr("Tensor");
     version = getset(type, "_version");
     requires_grad = getset(type, "requires_grad");
+    dtype = getset(type, "dtype");
     py::object d = type.attr("data_ptr");
     if (Py_TYPE(d.ptr()) == &PyMethodDescr_Type) {
       PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(d.ptr())->d_method;
@@ -103,6 +106,68 @@ bool read_data_ptr(PyObject* t, std::uintptr_t& out) {
   out = reinterpret_cast<std::uintptr_t>(PyLong_AsVoidPtr(v));
   Py_DECREF(v);
   return true;
+}
+
+// borrowed: there is one object for each dtype
+PyObject* read_dtype(PyObject* t) {
+  PyObject* v = get(tensor_api().dtype, t, "dtype");
+  if (!v) return PyErr_Clear(), nullptr;
+  Py_DECREF(v);
+  return v;
+}
+
+// Where a tensor object keeps the word that says its dtype, found by trying: reading it costs a load, the attribute 20
+// ns. An equal word means an equal dtype; at another word the attribute is asked, and always where the trial fails.
+struct DtypeWord {
+  std::size_t impl_at = 0, word_at = 0;  // bytes; 0: not found
+
+  using Word = std::uint16_t;
+
+  template <class T>
+  static T load(const void* base, std::size_t at) {
+    T v;
+    std::memcpy(&v, static_cast<const char*>(base) + at, sizeof v);
+    return v;
+  }
+  Word read(PyObject* t) const { return load<Word>(load<const void*>(t, impl_at), word_at); }
+  DtypeWord() {
+    constexpr std::size_t kImplBytes = 176;  // the least size of what a tensor object refers to
+    if (sizeof(void*) != 8) return;
+    py::module_ torch = py::module_::import("torch");
+    std::vector<py::object> tensors;
+    // two of each dtype and of different sizes
+    for (const char* name : {"float32", "float16", "bfloat16", "float64", "int32", "int64", "int8", "uint8"})
+      for (int size : {1, 3}) tensors.push_back(torch.attr("zeros")(size, py::arg("dtype") = torch.attr(name)));
+    const auto size = static_cast<std::size_t>(Py_TYPE(tensors[0].ptr())->tp_basicsize);
+    std::size_t found = 0;
+    for (std::size_t at = sizeof(PyObject); !found && at + 8 <= size; at += 8) {
+      bool all = true;
+      for (const py::object& t : tensors)
+        all = all && load<std::uint64_t>(t.ptr(), at) == t.attr("_cdata").cast<std::uint64_t>();
+      if (all) found = at;
+    }
+    if (!found) return;
+    impl_at = found;
+    for (std::size_t at = 64; at + sizeof(Word) <= kImplBytes; at += sizeof(Word)) {
+      word_at = at;
+      bool good = true;
+      for (std::size_t i = 0; good && i < tensors.size(); ++i)
+        for (std::size_t j = 0; good && j < i; ++j)
+          good = (read(tensors[i].ptr()) == read(tensors[j].ptr())) == (i / 2 == j / 2);
+      py::object t = tensors[0];
+      const Word before = read(t.ptr());
+      t.attr("data") = t.attr("data").attr("view")(torch.attr("int32"));
+      good = good && read(t.ptr()) != before;
+      t.attr("data") = t.attr("data").attr("view")(torch.attr("float32"));
+      if (good && read(t.ptr()) == before) return;
+    }
+    impl_at = word_at = 0;
+  }
+};
+
+const DtypeWord& dtype_word() {
+  static DtypeWord* word = new DtypeWord();
+  return *word;
 }
 
 bool read_requires_grad(PyObject* t) {
@@ -148,6 +213,8 @@ struct TensorRecord {
   bool versioned = false;
   std::int64_t version = 0;
   std::uintptr_t address = 0;
+  PyObject* dtype = nullptr;  // borrowed
+  DtypeWord::Word word = 0;   // see there
   // where the object behind the tensor, its storage and its version counter are: only prefetched, so a stale one does
   // no harm
   std::array<const char*, kHints> hints{};
@@ -156,13 +223,17 @@ struct TensorRecord {
       : object(t), type(Py_TYPE(t)), module(m), name(std::move(n)) {
     versioned = read_version(t, version);
     if (!read_data_ptr(t, address)) address = 0;
+    dtype = read_dtype(t);
+    if (dtype_word().word_at) word = dtype_word().read(t);
   }
   bool same() const {
     if (Py_TYPE(object) != type) return false;
     std::int64_t v = 0;
     std::uintptr_t a = 0;
     if (versioned && (!read_version(object, v) || v != version)) return false;
-    return read_data_ptr(object, a) && a == address;
+    if (!read_data_ptr(object, a) || a != address) return false;
+    const DtypeWord& where = dtype_word();
+    return (where.word_at && where.read(object) == word) || read_dtype(object) == dtype;
   }
   void find_hints() {
     PyObject* v = PyObject_GetAttrString(object, "_cdata");
@@ -422,6 +493,7 @@ void bind_guard(py::module_& m) {
   guard.attr("HOOKS") = int(kHooks);
   guard.attr("OWN_FORWARD") = int(kOwnForward);
   guard.attr("GRAD") = int(kGrad);
+  m.def("dtype_word_found", [] { return dtype_word().word_at != 0; }, "false: Guard asks each tensor for its dtype");
   m.def("checksum", &checksum, py::arg("arrays"), "hash of the contents of float32 arrays, each (address, elements)");
   m.def("fingerprint", &fingerprint, py::arg("tensors"),
         "(addresses, versions) of a list of tensors or None, as bytes");
