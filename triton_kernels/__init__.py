@@ -1,8 +1,28 @@
 """Triton kernels of mnv4_ops, one operation per file; installed as ``mnv4_ops.triton_kernels``.
 
-The kernels land with the GPU work. `tuned/index.json` lists the tables of tuned configurations, one per GPU.
+`Block` and `Head` mirror `_core.Block` and `_core.Head` on a GPU; they are imported, and Triton with them, on first
+use. `tuned/index.json` lists the tables of tuned configurations, one per GPU.
+
+File by operation: pointwise.py ([depthwise ->] 1x1), expand.py ([depthwise ->] 1x1 with the input on chip, FFN,
+ConvNext), depthwise.py, dense.py (stem, conv, FusedIB), head.py (1x1 + pool). plan.py takes a block apart, config.py
+chooses tiles, build.py makes launches, launch.py starts them, block.py is the interface.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 # another published package has the top-level name
 if __name__ != "mnv4_ops.triton_kernels":
     raise ImportError(f"import this package as mnv4_ops.triton_kernels, not as {__name__}", name=__name__)
+
+__all__ = ["Block", "Head", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Block", "Head"):
+        return getattr(importlib.import_module(".block", __name__), name)
+    if name == "tune":
+        return importlib.import_module(".tune", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,228 @@
+"""Operation + configuration -> grid and arguments of one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .config import Config, next_pow2
+from .dense import dense_kernel
+from .depthwise import depthwise_kernel
+from .expand import expand_kernel, ffn_kernel
+from .head import pool_kernel
+from .launch import Launch
+from .plan import Op, Packed
+from .pointwise import pointwise_kernel
+
+MAX_COUNTERS = 4096
+
+
+class Build:
+    """A kernel start that still lacks the places of partial sums and counters."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        addresses: Callable[[Any, Any, Any], list[Any]],
+        scalars: dict[str, int],
+        constants: dict[str, Any],
+        options: dict[str, int],
+        dummy: Any,
+        split: int = 1,
+        tile: int = 0,
+    ) -> None:
+        self.kernel, self.grid, self.addresses, self.scalars = kernel, grid, addresses, scalars
+        self.constants, self.options, self.dummy = constants, options, dummy
+        self.split, self._tile = split, tile
+        if split > 1 and self.tiles > MAX_COUNTERS:
+            self.unsplit()
+
+    @property
+    def tiles(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def partial_bytes(self) -> int:
+        return self.tiles * self.split * self._tile * 4 if self.split > 1 else 0
+
+    @property
+    def zero(self) -> int:
+        """Counters to zero: one per tile, a power of two."""
+        return next_pow2(self.tiles) if self.split > 1 else 0
+
+    def unsplit(self) -> None:
+        """One program per tile: no kernel of this call runs before it that could zero its counters."""
+        self.split = self.constants["SPLIT"] = 1
+        self.grid = (*self.grid[:2], 1)
+
+    def launch(self, places: tuple[int, int], next_counters: int | None, zero: int) -> Launch:
+        import torch
+
+        split = self.split > 1
+        partial = ("scratch", places[0], torch.float32) if split else self.dummy
+        counters = ("scratch", places[1], torch.int32) if split else self.dummy
+        following = ("scratch", next_counters, torch.int32) if next_counters is not None else self.dummy
+        if "ZERO" in self.constants:
+            self.constants["ZERO"] = zero
+        elif zero:
+            raise AssertionError("a kernel that cannot zero counters comes before a split one")
+        return Launch(
+            self.kernel, self.grid, self.addresses(partial, counters, following),
+            self.scalars, self.constants, self.options,
+        )  # fmt: skip
+
+
+def _pad(size: int, kernel: int, stride: int, padding: str) -> int:
+    """Zeros before a side."""
+    if padding == "symmetric":
+        return kernel // 2
+    return max((-(-size // stride) - 1) * stride + kernel - size, 0) // 2
+
+
+def _options(cfg: Config) -> dict[str, int]:
+    return {"num_warps": cfg["warps"], "num_stages": max(cfg.get("stages", 1), 1)}
+
+
+def build_op(
+    op: Op,
+    cfg: Config,
+    packed: dict[int, Packed],
+    padding: str,
+    precision: str,
+    n: int,
+    h: int,
+    w: int,
+    x: Any,
+    residual: Any,
+    out: Any,
+    strides: tuple[int, ...] | None,
+) -> Build:
+    """One operation on n images of h x w at `x`."""
+    ho, wo = op.out_hw(h, w)
+    kernel, stride = op.kernel, op.stride
+    scalars = {
+        "J": n * ho * wo, "H": h, "W": w, "HO": ho, "WO": wo,
+        "PAD_Y": _pad(h, kernel, stride, padding) if kernel else 0,
+        "PAD_X": _pad(w, kernel, stride, padding) if kernel else 0,
+    }  # fmt: skip
+    if op.kind == "dense":
+        return _build_dense(op, cfg, packed, precision, scalars, x, residual, out, strides)
+    rows = cfg["rows"] if kernel else 1
+    block_j = cfg["j"] if kernel else cfg["j"] * cfg["rows"]
+    if kernel:
+        scalars["J"] = n * wo
+    tiles = -(-scalars["J"] // block_j) * (-(-ho // rows) if kernel else 1)
+    stages = list(op.stages)
+    taps = packed[stages.pop(0)] if kernel else None
+    place = {"ROWS": rows, "BLOCK_J": block_j, "BLOCK_K": cfg["k"]}
+    depth = {"C": op.c_in, "CP": taps.cp if taps else 1}
+    if op.kind == "depthwise":
+        assert taps is not None
+        constants = {
+            **depth, "KERNEL": kernel, "STRIDE": stride, "ACT": op.act, "RESIDUAL": op.residual, **place, "ZERO": 0,
+        }  # fmt: skip
+        return Build(
+            depthwise_kernel, (tiles, -(-op.c_in // cfg["k"]), 1), lambda p, c, z: [x, taps.taps, residual, out, z],
+            scalars, constants, _options(cfg), taps.taps,
+        )  # fmt: skip
+    first = packed[stages[0]]
+    t = taps.taps if taps else first.affine
+    dw = {"KERNEL": kernel, "STRIDE": stride, "DW_ACT": op.dw_act}
+    if op.kind == "ffn":
+        last = packed[stages[1]]
+        constants = {
+            **depth, "M": op.c_mid, "MP": first.np, "N": op.c_out, "NP": last.np, **dw, "MID_ACT": op.mid_act,
+            "ACT": op.act, "RESIDUAL": op.residual, **place, "BLOCK_M": cfg["m"],
+            "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "PRECISION": precision, "STAGES": cfg["stages"],
+        }  # fmt: skip
+        return Build(
+            ffn_kernel, (tiles, 1, 1),
+            lambda p, c, z: [x, t, first.w, first.affine, last.w, last.affine, out],
+            scalars, constants, _options(cfg), first.affine,
+        )  # fmt: skip
+    if cfg["path"] == "expand":
+        if op.residual:
+            raise ValueError("expand: expected an operation without residual")
+        constants = {
+            **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, **place, "BLOCK_N": cfg["n"],
+            "N_PROGRAM": cfg["n_program"], "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
+        }  # fmt: skip
+        return Build(
+            expand_kernel, (tiles, -(-op.c_out // cfg["n_program"]), 1),
+            lambda p, c, z: [x, t, first.w, first.affine, out, z],
+            scalars, constants, _options(cfg), first.affine,
+        )  # fmt: skip
+    block_n = cfg["n0"] + cfg["n1"]
+    steps = -(-op.c_in // cfg["k"])
+    # every share has at least one step
+    split = -(-steps // -(-steps // max(cfg["split"], 1)))
+    constants = {
+        **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, "RESIDUAL": op.residual, **place,
+        "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "SPLIT": split, "PRECISION": precision, "ZERO": 0,
+        "STAGES": cfg["stages"],
+    }  # fmt: skip
+    return Build(
+        pointwise_kernel, (tiles, -(-op.c_out // block_n), split),
+        lambda p, c, z: [x, t, first.w, first.affine, residual, out, p, c, z],
+        scalars, constants, _options(cfg), first.affine, split, rows * block_j * block_n,
+    )  # fmt: skip
+
+
+def _build_dense(
+    op: Op,
+    cfg: Config,
+    packed: dict[int, Packed],
+    precision: str,
+    scalars: dict[str, int],
+    x: Any,
+    residual: Any,
+    out: Any,
+    strides: tuple[int, ...] | None,
+) -> Build:
+    first = packed[op.stages[0]]
+    project = len(op.stages) > 1
+    last = packed[op.stages[-1]]
+    n, c, y, xx = strides or (0, 1, 0, 0)
+    scalars.update(S_N=n, S_Y=y, S_X=xx, S_C=c)
+    m = op.c_mid if project else op.c_out
+    block_m = cfg["m0"] + cfg["m1"]
+    constants = {
+        "C": op.c_in, "M": m, "MP": first.np, "N": op.c_out, "NP": last.np, "KERNEL": op.kernel, "STRIDE": op.stride,
+        "MID_ACT": op.mid_act if project else op.act, "ACT": op.act, "PROJECT": project, "RESIDUAL": op.residual,
+        "FLAT": op.c_in < 16, "CHANNELS_LAST": strides is None, "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"],
+        "BLOCK_M0": cfg["m0"], "BLOCK_M1": cfg["m1"], "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"],
+        "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
+    }  # fmt: skip
+    grid = (-(-scalars["J"] // cfg["p"]), 1 if project else -(-m // block_m), 1)
+    return Build(
+        dense_kernel, grid,
+        lambda p, c, z: [x, first.w, first.affine, last.w, last.affine, residual, out, z],
+        scalars, constants, _options(cfg), first.affine,
+    )  # fmt: skip
+
+
+def build_pool(
+    cfg: Config,
+    feat: Packed | None,
+    c_in: int,
+    act: str,
+    precision: str,
+    n: int,
+    pixels: int,
+    x: Any,
+    out: Any,
+) -> Build:
+    """[1x1 + act ->] global average pool of n images."""
+    width = feat.c_out if feat else c_in
+    constants = {
+        "C": c_in, "N": width, "NP": feat.np if feat else 1, "FEAT": feat is not None, "ACT": act,
+        "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"], "BLOCK_N": cfg["n"], "PRECISION": precision, "ZERO": 0,
+        "STAGES": cfg["stages"],
+    }  # fmt: skip
+    dummy = feat.affine if feat else x
+    return Build(
+        pool_kernel, (n, -(-width // cfg["n"]), 1),
+        lambda p, c, z: [x, feat.w if feat else x, feat.affine if feat else x, out, z],
+        {"PIXELS": pixels}, constants, _options(cfg), dummy,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Device functions shared by the kernels: activations, tile coordinates, the depthwise tile, the epilogue.
+
+A pixel tile is either `BLOCK_P` consecutive pixels of the flattened [N, H, W], or, where a depthwise convolution comes
+first, `ROWS` output rows times `BLOCK_J` columns, a column index j running over the flattened (image, x) pairs, so that
+narrow images waste nothing. The pixel order inside such a tile is row-major and matters only for addresses.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activation(b_y, ACT: tl.constexpr):
+    """none, relu, relu6 or gelu (erf) in fp32; NaN passes as in torch."""
+    if ACT == "relu":
+        b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "relu6":
+        b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        b_y = tl.minimum(b_y, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "gelu":
+        b_y = 0.5 * b_y * (1.0 + tl.math.erf(b_y * 0.7071067811865476))
+    return b_y
+
+
+@triton.jit
+def _stack(b_a, b_b):
+    """Two [M, K] tiles to one [2 * M, K], the first on top."""
+    return tl.reshape(tl.permute(tl.join(b_a, b_b), (2, 0, 1)), (2 * b_a.shape[0], b_a.shape[1]))
+
+
+@triton.jit
+def depthwise_tile(
+    x,
+    taps,
+    o_n,  # [BLOCK_J] int64, elements before the image of each column
+    o_x,  # [BLOCK_J] first input column of the window
+    m_j,  # [BLOCK_J]
+    i_y,  # first input row of the window of the first output row
+    i_c,
+    H,
+    W,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Depthwise convolution of ROWS output rows: [ROWS * BLOCK_J, BLOCK_K] in DTYPE, from channel `i_c` on.
+
+    An input row costs KERNEL shifted loads and serves all output rows that it touches. `taps` is
+    [KERNEL * KERNEL + 1, CP] fp32, the shift last.
+    """
+    o_c = i_c + tl.arange(0, BLOCK_K)
+    b_shift = tl.load(taps + KERNEL * KERNEL * CP + o_c)  # [BLOCK_K]
+    p_x = x + (o_n + o_x * C)[:, None] + o_c[None, :]  # [BLOCK_J, BLOCK_K]
+    p_w = taps + o_c
+    b_rows = ()
+    for _r in tl.static_range(ROWS):
+        b_rows = b_rows + (tl.zeros([o_x.shape[0], BLOCK_K], dtype=tl.float32) + b_shift[None, :],)
+    for kx in tl.static_range(KERNEL):
+        m_x = m_j & (o_x + kx >= 0) & (o_x + kx < W)
+        m_xc = m_x[:, None]
+        if C % BLOCK_K != 0:
+            m_xc = m_xc & (o_c < C)[None, :]
+        b_w = ()
+        for ky in tl.static_range(KERNEL):
+            b_w = b_w + (tl.load(p_w + (ky * KERNEL + kx) * CP)[None, :],)  # [1, BLOCK_K]
+        for iy in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
+            m = m_xc & (i_y + iy >= 0) & (i_y + iy < H)
+            p_row = p_x + (((i_y + iy) * W).to(tl.int64) * C + kx * C)
+            b_x = tl.load(p_row, mask=m, other=0.0).to(tl.float32)
+            b_next = ()
+            for r in tl.static_range(ROWS):
+                if iy - r * STRIDE >= 0 and iy - r * STRIDE < KERNEL:
+                    b_next = b_next + (b_rows[r] + b_x * b_w[iy - r * STRIDE],)
+                else:
+                    b_next = b_next + (b_rows[r],)
+            b_rows = b_next
+    b_out = ()
+    for r in tl.static_range(ROWS):
+        b_out = b_out + (activation(b_rows[r], ACT).to(DTYPE),)
+    if ROWS == 1:
+        return b_out[0]
+    elif ROWS == 2:
+        return _stack(b_out[0], b_out[1])
+    elif ROWS == 4:
+        return _stack(_stack(b_out[0], b_out[1]), _stack(b_out[2], b_out[3]))
+    else:
+        return _stack(
+            _stack(_stack(b_out[0], b_out[1]), _stack(b_out[2], b_out[3])),
+            _stack(_stack(b_out[4], b_out[5]), _stack(b_out[6], b_out[7])),
+        )
+
+
+@triton.jit
+def tile_columns(i_j, J, H, W, WO, PAD_X, C: tl.constexpr, STRIDE: tl.constexpr, BLOCK_J: tl.constexpr):
+    """(o_n, o_x, m_j) of a depthwise tile, see `depthwise_tile`."""
+    o_j = i_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    o_n = (o_j // WO).to(tl.int64) * H * W * C
+    return o_n, (o_j % WO) * STRIDE - PAD_X, o_j < J
+
+
+@triton.jit
+def tile_pixels(i_j, i_g, J, HO, WO, ROWS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Output pixel numbers of a depthwise tile, [ROWS * BLOCK_J] int64, and their mask."""
+    o_t = tl.arange(0, ROWS * BLOCK_J)
+    o_j = i_j * BLOCK_J + o_t % BLOCK_J
+    o_y = i_g * ROWS + o_t // BLOCK_J
+    return ((o_j // WO).to(tl.int64) * HO + o_y) * WO + o_j % WO, (o_j < J) & (o_y < HO)
+
+
+@triton.jit
+def affine_act(b_acc, affine, o_n, NP: tl.constexpr, ACT: tl.constexpr):
+    """act(acc * scale + shift) in fp32; `affine` is [2, NP] fp32."""
+    b_scale = tl.load(affine + o_n)
+    b_shift = tl.load(affine + NP + o_n)
+    return activation(b_acc * b_scale[None, :] + b_shift[None, :], ACT)
+
+
+@triton.jit
+def hidden_tile(
+    b_acc, affine, i_m, M: tl.constexpr, MP: tl.constexpr, BLOCK_M: tl.constexpr, ACT: tl.constexpr, FULL: tl.constexpr
+):
+    """`affine_act` of expanded channels from `i_m` on; exact zeros beyond M (unless
+    FULL: there is nothing beyond), also where an input is inf or NaN."""
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    b_h = affine_act(b_acc, affine, o_m, MP, ACT)
+    if not FULL:
+        b_h = tl.where((o_m < M)[None, :], b_h, 0.0)
+    return b_h
+
+
+@triton.jit
+def store_tile(
+    b_acc,  # [BLOCK_P, BLOCK_N] fp32
+    affine,
+    residual,
+    out,
+    o_p,  # [BLOCK_P] int64
+    m_p,
+    i_n,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Scale, shift, activation, residual; one rounding."""
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    b_y = affine_act(b_acc, affine, o_n, NP, ACT)
+    o_y = o_p[:, None] * N + o_n[None, :]
+    m_y = m_p[:, None] & (o_n < N)[None, :]
+    if RESIDUAL:
+        b_y += tl.load(residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def clear_counters(counters, i_first, ZERO: tl.constexpr):
+    """Zeroes the counters of a later split kernel of the same call; nothing runs between two launches of one stream."""
+    if ZERO > 0:
+        if i_first == 0:
+            tl.store(counters + tl.arange(0, ZERO), tl.zeros([ZERO], dtype=tl.int32))

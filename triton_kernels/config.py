@@ -1,0 +1,173 @@
+"""Which tile for which operation: a formula from the limits of the device; tables of measured tiles come before it.
+
+A configuration is a flat dict of ints (a JSON object in the tables): "path" names the kernel, the rest its tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .plan import Op
+
+Config = dict[str, Any]
+TUNED = Path(__file__).parent / "tuned"
+BUCKETS = (1, 8, 64, 256)
+# one expanded kernel holds all input channels in pieces of one tile each
+MAX_PIECES = 8
+
+
+def next_pow2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def pieces(n: int, low: int = 16) -> tuple[int, int]:
+    """The cheapest cover of `n` channels by one or two powers of two, the larger first: 160 -> (128, 32)."""
+    if n <= low:
+        return low, 0
+    big = next_pow2(n)
+    if big == n:
+        return n, 0
+    rest = max(next_pow2(n - big // 2), low)
+    return (big, 0) if rest >= big // 2 else (big // 2, rest)
+
+
+def piece_k(c: int, high: int = 64) -> int:
+    """Channels per step: the largest power of two in [16, high] that divides `c`, else what wastes least."""
+    for k in (64, 32):
+        if k <= high and c % k == 0:
+            return k
+    if c % 16 == 0 and c < 128:
+        return 16
+    return min(high, max(16, next_pow2(c))) if c < 64 else min(high, 32)
+
+
+@functools.lru_cache(maxsize=None)
+def device_limits(index: int) -> tuple[int, int]:
+    """(multiprocessors, shared memory of one program in bytes)."""
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", 65536)
+    return p.multi_processor_count, int(shared)
+
+
+def rows_for(ho: int, kernel: int, limit: int = 4) -> int:
+    """Output rows of a depthwise tile: a power of two that wastes little of `ho`, more rows for fewer loads."""
+    if not kernel:
+        return 1
+    best, best_cost = 1, math.inf
+    r = 1
+    while r <= limit:
+        cost = (-(-ho // r) * r / ho) * (1 + (kernel - 1) / r)
+        if cost < best_cost:
+            best, best_cost = r, cost
+        r *= 2
+    return best
+
+
+def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int = 132) -> Config:
+    """A tile that is never bad. `exact`: fp32 products outside the tensor cores, which wants small tiles."""
+    ho, wo = op.out_hw(h, w)
+    pixels = n * ho * wo
+    n_out = op.c_out
+    if op.kind == "depthwise":
+        rows = rows_for(ho, op.kernel)
+        block_k = min(64, max(16, next_pow2(op.c_in)))
+        small = pixels * op.c_in < sms * 2 * 64 * 64
+        return {"path": "depthwise", "rows": rows, "j": 8 if small else 16, "k": block_k, "warps": 4}
+    if op.kind == "dense":
+        flat = op.c_in < 16
+        k = min(64, max(16, next_pow2(op.kernel**2 * op.c_in))) if flat else min(64, next_pow2(op.c_in))
+        m0, m1 = pieces(op.c_mid or op.c_out)
+        n0, n1 = pieces(op.c_out) if op.c_mid else (16, 0)
+        p = 128 if pixels >= sms * 256 else 64 if pixels >= sms * 48 else 32
+        if not op.c_mid:
+            if m0 + m1 > 256:
+                m0, m1 = 128, 0
+            if p == 32 and m0 + m1 > 64:
+                m0, m1 = 32, 0
+        if exact:
+            p, k = 32, 16
+            if not op.c_mid and m0 > 64:
+                m0, m1 = 64, 0
+        return {
+            "path": "dense", "p": p, "k": k, "m0": m0, "m1": m1, "n0": n0, "n1": n1,
+            "warps": 8 if p == 128 and m0 + m1 > 64 else 4, "stages": 1 if exact else 3,
+        }  # fmt: skip
+    if op.kind == "ffn":
+        rows = rows_for(ho, op.kernel)
+        p = 128 if pixels >= sms * 128 else 64
+        n0, n1 = pieces(n_out)
+        return {
+            "path": "ffn", "rows": rows, "j": p // rows, "k": piece_k(op.c_in), "m": 64, "n0": n0, "n1": n1,
+            "warps": 8 if p == 128 or n0 > 128 else 4, "stages": 2,
+        }  # fmt: skip
+    rows = rows_for(ho, op.kernel)
+    if exact:
+        return {
+            "path": "pointwise", "rows": rows, "j": 32 // rows, "k": min(32, piece_k(op.c_in)), "n0": 64, "n1": 0,
+            "split": 1, "warps": 4, "stages": 1,
+        }  # fmt: skip
+    p = 128 if pixels >= sms * 128 else 64 if pixels >= sms * 32 else 32 if pixels > 16 else 16
+    n0, n1 = pieces(n_out)
+    if n0 + n1 > 256:
+        n0, n1 = (256 if p >= 64 else 64), 0
+    if p < 64 and n0 + n1 > 64:
+        n0, n1 = 32 if pixels * n_out < sms * 32 * 64 else 64, 0
+    programs = -(-pixels // p) * -(-n_out // (n0 + n1))
+    k = piece_k(op.c_in)
+    steps = -(-op.c_in // k)
+    split = 1
+    while split < 8 and programs * split * 2 <= sms * 2 and steps >= split * 4:
+        split *= 2
+    return {
+        "path": "pointwise", "rows": rows, "j": max(p // rows, 4), "k": k, "n0": n0, "n1": n1, "split": split,
+        "warps": 8 if p == 128 and n0 + n1 > 64 else 4, "stages": 1 if op.kernel else 3,
+    }  # fmt: skip
+
+
+def shrink(cfg: Config) -> Config | None:
+    """The next smaller configuration after the device ran out of shared memory or registers; None: there is none."""
+    out = dict(cfg)
+    if out.get("stages", 1) > 1:
+        out["stages"] -= 1
+        return out
+    for name, low in (("m", 16), ("n", 16), ("p", 16), ("j", 4), ("k", 16)):
+        if out.get(name, 0) > low:
+            if name == "j" and out.get("rows", 1) * (out["j"] // 2) < 16:
+                continue
+            out[name] //= 2
+            return out
+    return None
+
+
+def table_name(device_name: str) -> str:
+    """File name of a device's table: "NVIDIA H100 80GB HBM3" -> nvidia_h100_80gb_hbm3."""
+    return "".join(c if c.isalnum() else "_" for c in device_name.lower())
+
+
+@functools.lru_cache(maxsize=None)
+def table(name: str) -> dict[str, Any]:
+    """The entries of a shipped table, {} where the device has none."""
+    path = TUNED / f"{name}.json"
+    return json.loads(path.read_text())["entries"] if path.is_file() else {}
+
+
+def lookup(entries: dict[str, Any], key: str, n: int, h: int, w: int) -> Config | None:
+    """The measured choice for a block, that of the nearest number of pixels; None where the table lacks the block.
+
+    Entries: {block key: {"NxHxW": {"fused": bool, "chunk": images, "ops": [Config, ...]}}}.
+    """
+    found = entries.get(key)
+    if not found:
+        return None
+
+    def distance(size: str) -> tuple[float, float]:
+        b, hh, ww = map(int, size.split("x"))
+        return abs(math.log(n * h * w / (b * hh * ww))), abs(math.log(h * w / (hh * ww)))
+
+    return found[min(found, key=distance)]
