@@ -19,18 +19,21 @@ from torch import Tensor, nn
 
 from mnv4_ops import _native
 from mnv4_ops.adapters.record import Call, Part, Recipe, Recorder, Unsupported
-from mnv4_ops.ops import cpu
-from mnv4_ops.ops.layout import LAYOUTS, Layout, Params
+from mnv4_ops.ops import cuda
+from mnv4_ops.ops.backends import BY_DEVICE
+from mnv4_ops.ops.layout import LAYOUTS, Layout, Params, name_of
 
 # for callers of the raw ops, whose modules are not known
 RAW_ENTRIES = 512
 RAW_BYTES = 512 * 2**20
-# a larger workspace is allocated for the call
-WORKSPACE_KEPT = 8 * 2**20
-
-_CPU = torch.device("cpu")
 _lock = threading.RLock()
-_local = threading.local()
+_epoch = 0
+
+
+def trained() -> None:
+    """Running statistics may have moved without a new version of theirs."""
+    global _epoch
+    _epoch += 1
 
 
 @dataclass(eq=False)
@@ -39,80 +42,34 @@ class Packed:
 
     layout: Layout
     native: Any
+    backend: Any
     key: Any = None
     aliases: list[Tensor] = field(default_factory=list)
 
-    def refresh(self, params: Params, eps: Sequence[float], force: bool = False) -> None:
-        """Packs again, into the same memory, if a parameter has another address or version."""
+    def refresh(self, params: Params, eps: Sequence[float], force: bool = False, raw: bool = False) -> None:
+        """Packs again, into the same memory, if a parameter has another address or version.
+
+        `raw`: asked on every call, so that the contents of statistics are not looked at where that is slow.
+        """
         assert _native.core is not None
-        key = (_native.core.fingerprint(list(params)), _statistics(self.layout, params), tuple(eps))
+        exact = self.backend.EXACT or not raw
+        statistics = self.backend.statistics(self.layout, params) if exact else _epoch
+        key = (_native.core.fingerprint(list(params)), statistics, tuple(eps))
         if key == self.key and not force:
             return
         self.key = None
         aliases = [t.detach() for t in params if t is not None]
-        cpu.pack(self.native, self.layout, params, eps)
-        # the aliases keep the addresses from being given to other tensors
-        self.key, self.aliases = key, aliases
-
-
-def _statistics(layout: Layout, params: Params) -> int:
-    """Hash of all running statistics: a train-mode forward moves them without a new version."""
-    assert _native.core is not None
-    found = [params[base + i] for _, base in layout.stages for i in (4, 5)]
-    arrays = [t.detach().contiguous() for t in found if t is not None]
-    return _native.core.checksum([(t.data_ptr(), t.numel()) for t in arrays])
-
-
-class _Program:
-    """A native program with the shapes it has met."""
-
-    def __init__(self, parts: list[Packed]) -> None:
-        assert _native.core is not None
-        self.native = _native.core.Program([p.native for p in parts])
-        self.c_in = parts[0].layout.c_in
-        self._shapes: dict[tuple[int, int, int], tuple[tuple[int, ...], int]] = {}
-
-    def run(self, x: Tensor) -> Tensor:
-        n, _, h, w = x.shape
-        known = self._shapes.get((n, h, w))
-        if known is None:
-            known = self._meet(n, h, w)
-        shape, size = known
-        if len(shape) == 4:
-            out = torch.empty(shape, dtype=torch.float32, device=_CPU, memory_format=torch.channels_last)
-        else:
-            out = torch.empty(shape, dtype=torch.float32, device=_CPU)
-        if n:
-            memory = workspace(size)
-            threads = torch.get_num_threads()
-            self.native.run(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), memory.data_ptr(), threads)
-        return out
-
-    def _meet(self, n: int, h: int, w: int) -> tuple[tuple[int, ...], int]:
-        if len(self._shapes) >= 64:
-            self._shapes.clear()
-        native = self.native
-        known = (native.output_shape(n, h, w), native.workspace_bytes(n, h, w, torch.get_num_threads()))
-        self._shapes[n, h, w] = known
-        return known
-
-
-def workspace(size: int) -> Tensor:
-    """Memory of the calling thread for the activations between blocks; grows, up to a limit."""
-    if size > WORKSPACE_KEPT:
-        return torch.empty(size, dtype=torch.uint8, device=_CPU)
-    kept = getattr(_local, "workspace", None)
-    if kept is None or kept.numel() < size:
-        with torch.inference_mode(False):
-            kept = _local.workspace = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=_CPU)
-    return kept
+        if self.backend.pack(self.native, self.layout, params, eps):
+            self.key = key
+        # they keep the addresses from being given to other tensors
+        self.aliases = aliases
 
 
 @dataclass(eq=False)
 class Step:
     """Part of a model plan: a program, or a module that is called. `fallback` are the modules that do the same."""
 
-    program: _Program | None
+    program: Any
     module: weakref.ref[nn.Module] | None = None
     fallback: tuple[weakref.ref[nn.Module], ...] = ()
     method: str | None = None  # of the model itself
@@ -124,12 +81,34 @@ class Plan:
     """What a call runs, or the reason why it runs the original forward. Holds while `guard` says so."""
 
     guard: Any
+    describe: Callable[[Recorder], Part | Recipe]
     reason: str | None = None
-    packed: Packed | None = None  # of a block
+    run: Callable[[Tensor], Tensor] | None = None  # all of it: a block, or a model that is one program
     steps: list[Step] = field(default_factory=list)  # of a model
     recipe: list[Part | Call] = field(default_factory=list)
-    program: _Program | None = None  # the only step, if it is one
+    program: Any = None  # the only step, if it is one
     c_in: int = 0
+    dtype: torch.dtype | None = None  # of the weights
+    device: torch.device | None = None
+
+    def mismatch(self, x: Tensor) -> str | None:
+        """Why this input does not go with the weights, or None."""
+        if x.dtype is self.dtype and x.device == self.device:
+            return None
+        if x.device != self.device:
+            return f"the input is on {x.device}, the weights are on {self.device}"
+        assert self.dtype is not None
+        return f"the input is {name_of(x.dtype)}, the weights are {name_of(self.dtype)}"
+
+    def take(self, packed: Packed) -> None:
+        """Notes where the weights are. Unsupported if parts differ."""
+        layout = packed.layout
+        if self.dtype is None:
+            self.dtype, self.device = layout.dtype, layout.device
+        elif (layout.dtype, layout.device) != (self.dtype, self.device):
+            raise Unsupported(
+                f"weights on {self.device} ({self.dtype}) and on {layout.device} ({layout.dtype}) in one model"
+            )
 
 
 class _Side:
@@ -164,23 +143,27 @@ def find(module: nn.Module, name: str) -> Plan | None:
     return side.plans.get(name) if side is not None and side.ref() is module else None
 
 
-def _pack_part(rec: Recorder, part: Part, force: bool) -> Packed:
+def _pack_part(rec: Recorder, plan: Plan, part: Part, force: bool) -> Packed:
     try:
         layout = LAYOUTS[part.op](part.params, part.eps, *part.args, *([part.spec.channels[0]] * (part.op == "head")))
     except ValueError as error:
         raise Unsupported(str(error)) from None
-    first = next((t for t in part.params if t is not None), None)
-    if first is not None and first.device.type != cpu.DEVICE:
-        raise Unsupported(f"parameters on {first.device}: no kernels for this device")
+    assert layout.device is not None
+    backend = BY_DEVICE.get(layout.device.type)
+    if backend is None:
+        raise Unsupported(f"parameters on {layout.device}: no kernels for this device")
+    if (reason := backend.unavailable()) is not None:
+        raise Unsupported(f"parameters on {layout.device}: {reason}")
     side = _side(rec.modules[part.node])
     packed = side.packed.get(part.slot)
-    if packed is None or packed.layout != layout:
+    if packed is None or packed.layout != layout or packed.backend is not backend:
         try:
-            packed = Packed(layout, cpu.build(layout))
+            packed = Packed(layout, backend.build(layout), backend)
         except ValueError as error:
             raise Unsupported(str(error)) from None
     packed.refresh(part.params, part.eps, force)
     side.packed[part.slot] = packed
+    plan.take(packed)
     return packed
 
 
@@ -188,7 +171,7 @@ def _ref(rec: Recorder, node: int) -> weakref.ref[nn.Module]:
     return weakref.ref(rec.modules[node])
 
 
-def _steps(rec: Recorder, recipe: Recipe, force: bool) -> Iterator[Step]:
+def _steps(rec: Recorder, plan: Plan, recipe: Recipe, force: bool) -> Iterator[Step]:
     """Consecutive parts become one program; features are taken between programs."""
     pending: list[Packed] = []
     covered: list[weakref.ref[nn.Module]] = []
@@ -197,7 +180,8 @@ def _steps(rec: Recorder, recipe: Recipe, force: bool) -> Iterator[Step]:
     def flush(emit: bool = False) -> Iterator[Step]:
         nonlocal method
         if pending:
-            yield Step(_Program(pending), None, tuple(covered), method, emit)
+            program = pending[0].backend.program([(p.native, p.layout) for p in pending])
+            yield Step(program, None, tuple(covered), method, emit)
             pending.clear()
             covered.clear()
             method = None
@@ -205,7 +189,7 @@ def _steps(rec: Recorder, recipe: Recipe, force: bool) -> Iterator[Step]:
     for index, step in enumerate(recipe.steps):
         emit = index in recipe.emit
         if isinstance(step, Part):
-            pending.append(_pack_part(rec, step, force))
+            pending.append(_pack_part(rec, plan, step, force))
             if step.op == "head":
                 method = "forward_head"
                 if step.slot.endswith("+feat"):
@@ -243,7 +227,7 @@ def renew(module: nn.Module, name: str, describe: Callable[[Recorder], Part | Re
             reason = str(error)
         # before packing: a change from here on is seen by the next check
         guard = rec.guard()
-        plan = Plan(guard, reason)
+        plan = Plan(guard, describe, reason)
         if reason is None:
             try:
                 _fill(plan, rec, found, force)
@@ -255,24 +239,32 @@ def renew(module: nn.Module, name: str, describe: Callable[[Recorder], Part | Re
 
 def _fill(plan: Plan, rec: Recorder, found: Part | Recipe, force: bool) -> None:
     if isinstance(found, Part):
-        plan.packed = _pack_part(rec, found, force)
-        plan.recipe = [_without_tensors(found)]
-        plan.c_in = plan.packed.layout.c_in
+        packed = _pack_part(rec, plan, found, force)
+        plan.run = packed.backend.runner(packed.native, packed.layout)
+        plan.c_in = packed.layout.c_in
+        plan.recipe = [_noted(found, plan)]
         return
-    plan.steps = list(_steps(rec, found, force))
-    plan.recipe = [_without_tensors(step) if isinstance(step, Part) else step for step in found.steps]
+    plan.steps = list(_steps(rec, plan, found, force))
+    plan.recipe = [_noted(step, plan) if isinstance(step, Part) else step for step in found.steps]
     if len(plan.steps) == 1 and not plan.steps[0].emit:
         plan.program = plan.steps[0].program
+        plan.run = None if plan.program is None else plan.program.run
     first = found.steps[0]
     plan.c_in = first.spec.channels[0] if isinstance(first, Part) else 0
 
 
-def _without_tensors(part: Part) -> Part:
-    return Part(part.node, part.slot, part.name, part.spec, part.op, (), (), part.args)
+def _noted(part: Part, plan: Plan) -> Part:
+    """For reports: without its tensors, with the dtype."""
+    assert plan.dtype is not None
+    spec = part.spec.with_dtype(name_of(plan.dtype))
+    return Part(part.node, part.slot, part.name, spec, part.op, (), (), part.args)
 
 
 def drop(modules: Iterator[nn.Module] | None = None) -> None:
-    """Makes the next call of some modules, or of all, pack again, into the same memory; raw ops start anew."""
+    """Makes the weights of some modules, or of all, anew in the memory that they have; raw ops start anew.
+
+    On the CPU on the next call; on a GPU at once, since a captured CUDA graph makes no call.
+    """
     with _lock:
         _raw.clear()
         sides = list(_sides.values())
@@ -280,9 +272,14 @@ def drop(modules: Iterator[nn.Module] | None = None) -> None:
             wanted = {id(module) for module in modules}
             sides = [side for side in sides if id(side.ref()) in wanted]
         for side in sides:
+            plans = dict(side.plans)
             side.plans.clear()
             for packed in side.packed.values():
                 packed.key = None
+            module = side.ref()
+            for name, plan in plans.items():
+                if module is not None and plan.device is not None and BY_DEVICE[plan.device.type] is cuda:
+                    renew(module, name, plan.describe)
 
 
 class _Raw:
@@ -313,10 +310,10 @@ class _Raw:
             entry = self._entries.get(key)
             if entry is not None:
                 self._entries.move_to_end(key)
-                entry[0].refresh(params, eps)
+                entry[0].refresh(params, eps, raw=True)
                 return entry[0].native
-            packed = Packed(layout, backend.build(layout))
-            packed.refresh(params, eps)
+            packed = Packed(layout, backend.build(layout), backend)
+            packed.refresh(params, eps, raw=True)
             first = next((t for t in params if t is not None), None)
             self._entries[key] = packed, first if first is None else weakref.ref(first, lambda _: self._drop(key))
             self._bytes += packed.native.packed_bytes

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnv4_ops import _native, cache, serve
+from mnv4_ops import _native, cache, graphs, serve
 from mnv4_ops.adapters import TARGETS, Target
 
 __all__ = ["Handle", "disable", "enable", "explain", "repack"]
@@ -43,6 +43,8 @@ class _Switch:
             ids.update(scope.ids)
         self.ids = ids
         self.everything = any(scope.everything for scope in active)
+        recording = [scope for scope in active if scope.graphs]
+        graphs.choose(any(scope.everything for scope in recording), {key for scope in recording for key in scope.ids})
 
     @property
     def on(self) -> bool:
@@ -52,8 +54,9 @@ class _Switch:
 class _Scope:
     """The modules of one enable call; `everything` without a model."""
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module | None, cuda_graphs: bool = False) -> None:
         self.everything = model is None
+        self.graphs = cuda_graphs
         self.ids: dict[int, weakref.ref[nn.Module]] = {}
         for module in () if model is None else model.modules():
             self.ids[id(module)] = weakref.ref(module, self._gone(id(module)))
@@ -93,19 +96,24 @@ class Handle:
                 _apply()
 
 
-def enable(model: nn.Module | None = None) -> Handle:
+def enable(model: nn.Module | None = None, *, cuda_graphs: bool = False) -> Handle:
     """Serve MobileNetV4 modules with the fused kernels: all of them, built before or later, or those of one model.
 
     `enable()` is one switch that stays on until `disable()`; again it does nothing. `with enable(): ...` undoes itself.
     `enable(model)` is for the modules that the model has now; copies of it follow the switch for all.
+
+    `cuda_graphs`: the `forward` and `forward_features` of a whole model whose every part has a kernel are captured into
+    a CUDA graph by the first call with each input shape, dtype, device and layout, and replayed by the later ones;
+    `mnv4_ops.graphs` says when not. The output is the caller's own. Without a GPU it makes no difference. It stays on
+    until `disable()`; a further `enable()` does not turn it off.
     TypeError if model is not an nn.Module.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"mnv4_ops.enable: expected model to be an nn.Module or None, got {type(model).__name__}")
     with _lock:
-        scope = _Scope(model)
+        scope = _Scope(model, cuda_graphs)
         if model is None:
-            new = not any(s.everything for s in _switch.base)
+            new = not any(s.everything and s.graphs >= cuda_graphs for s in _switch.base)
         else:
             new = True
         if new:
@@ -125,9 +133,13 @@ def disable() -> None:
 def repack(model: nn.Module | None = None) -> None:
     """Make the packed weights of a model (or of all) anew on its next call.
 
-    Needed only after changes that torch does not count: inference tensors, writes through `.data` or raw memory.
+    Needed only after changes that torch does not count: inference tensors, writes through `.data` or raw memory. On a
+    GPU they are made anew at once, in the memory that they have, so that CUDA graphs that you captured see the change;
+    the graphs of `enable(cuda_graphs=True)` are dropped.
     """
-    cache.drop(None if model is None else iter(model.modules()))
+    modules = None if model is None else list(model.modules())
+    graphs.drop(modules)
+    cache.drop(None if modules is None else iter(modules))
 
 
 def explain(model: nn.Module, x: Any) -> serve.Report:
@@ -157,6 +169,8 @@ def _apply() -> None:
         _uninstall()
         _unhook_imports()
     if before != (_switch.everything, frozenset(_switch.ids)):
+        # what was trained meanwhile was not seen
+        cache.trained()
         _forget_compiled()
 
 

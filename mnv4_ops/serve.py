@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv4_ops import cache
+from mnv4_ops import cache, graphs
 from mnv4_ops.adapters import TARGETS, Target
 from mnv4_ops.adapters.record import Part, Recorder, Unsupported
-from mnv4_ops.ops import conditions, cpu
+from mnv4_ops.ops import conditions
+from mnv4_ops.ops.backends import BY_DEVICE
+from mnv4_ops.ops.cuda import NoFit, capturing
+from mnv4_ops.ops.layout import DTYPES, LAYOUTS
 
 STRICT_VARIABLE = "MNV4_OPS_STRICT"
-_CPU = torch.device("cpu")
 _local = threading.local()
-_STALE, _STRUCTURE = 1, 2
+_STALE, _STRUCTURE, _TRAINING = 1, 2, 3
 _WORDS = {
     3: "a module is in training mode ({where})",
     4: "there are {where}",
@@ -155,16 +157,22 @@ def _describer(target: Target, cls: type, plan: str) -> Callable[[Recorder], Any
     return describe
 
 
-def _checked(self: nn.Module, name: str, describe: Any, grad: bool) -> tuple[cache.Plan | None, str | None]:
-    """A plan that stands, or the reason why the call is not for a kernel."""
+def _checked(self: nn.Module, x: Tensor, name: str, describe: Any, grad: bool) -> tuple[cache.Plan | None, str | None]:
+    """A plan that stands and goes with `x`, or the reason why the call is not for a kernel."""
     plan = cache.find(self, name)
     code = _STALE if plan is None else plan.guard.check(self, grad)
     if code in (_STALE, _STRUCTURE):
         if self.training:
+            cache.trained()
             return None, _WORDS[3].format(where="the module itself")
         # do not pack for a model that is being trained
         if grad and any(p.requires_grad for p in self.parameters()):
             return None, _WORDS[6].format(where="parameters()")
+        if capturing(x):
+            return (
+                None,
+                "a CUDA graph is being captured and the weights are not packed yet: call the module once before",
+            )
         plan = cache.renew(self, name, describe)
         code = plan.guard.check(self, grad)
         if code in (_STALE, _STRUCTURE):
@@ -172,7 +180,11 @@ def _checked(self: nn.Module, name: str, describe: Any, grad: bool) -> tuple[cac
     assert plan is not None
     if plan.reason is not None:
         return plan, plan.reason
-    return plan, (None if code == 0 else _WORDS[code].format(where=plan.guard.where()))
+    if code != 0:
+        if code == _TRAINING:
+            cache.trained()
+        return plan, _WORDS[code].format(where=plan.guard.where())
+    return plan, plan.mismatch(x)
 
 
 def _fits(x: Tensor, c_in: int) -> str | None:
@@ -186,30 +198,33 @@ def block(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]
     """The wrapper's work for a block."""
     name = target.plans[0]
     describe = _describer(target, cls, name)
-    reason_of, grad_enabled, find, threads = (
-        conditions.reason, torch.is_grad_enabled, cache.find, torch.get_num_threads
-    )  # fmt: skip
-    float32, channels_last = torch.float32, torch.channels_last
+    reason_of, grad_enabled, find = conditions.reason, torch.is_grad_enabled, cache.find
 
     def run(self: Any, x: Any) -> Any:
         grad = grad_enabled()
         reason = reason_of(x, grad)
         if reason is None:
             plan: Any = find(self, name)
-            if plan is None or plan.reason is not None or plan.guard.check(self, grad):
-                plan, reason = _checked(self, name, describe, grad)
+            if (
+                plan is None
+                or plan.reason is not None
+                or plan.guard.check(self, grad)
+                or x.dtype is not plan.dtype
+                or x.device != plan.device
+            ):
+                plan, reason = _checked(self, x, name, describe, grad)
             if reason is None:
-                n, c, h, w = x.shape
-                if c == plan.c_in and h and w:
-                    packed = plan.packed
-                    shape = packed.layout.output_shape(n, h, w)
-                    out = torch.empty(shape, dtype=float32, device=_CPU, memory_format=channels_last)
-                    if n:
-                        packed.native.run(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), threads())
+                _, c, h, w = x.shape
+                if not (c == plan.c_in and h and w):
+                    return original(self, x)
+                try:
+                    out = plan.run(x)
+                except NoFit as error:
+                    reason = str(error)
+                else:
                     if getattr(_local, "report", None) is not None:
                         _note(self, "forward", True, "", plan.recipe)
                     return out
-                return original(self, x)
         # Mobile MQA has no kernel to expect
         _refuse(self, "forward", reason, expected="not available yet" not in reason)
         return original(self, x)
@@ -221,6 +236,7 @@ def model(target: Target, cls: type, original: Any) -> Callable[..., Any]:
     """The wrapper's work for a method of a whole model."""
     describers = [_describer(target, cls, plan) for plan in target.plans]
     pyramid = "feature_pyramid" in target.plans
+    graphed = target.method in graphs.METHODS
 
     def run(self: Any, x: Any, *flags: Any) -> Any:
         which = 1 if flags and flags[0] else 0
@@ -229,16 +245,25 @@ def model(target: Target, cls: type, original: Any) -> Callable[..., Any]:
         reason = conditions.reason(x, grad)
         plan: cache.Plan | None = None
         if reason is None:
-            plan, reason = _checked(self, name, describers[which], grad)
+            plan, reason = _checked(self, x, name, describers[which], grad)
             if reason is None:
                 assert plan is not None
                 if _fits(x, plan.c_in) is not None:
                     return original(self, x, *flags)
-                if getattr(_local, "report", None) is not None:
-                    _note(self, target.method, True, "", plan.recipe)
-                if plan.program is not None and not pyramid:
-                    return plan.program.run(x)
-                return _walk(self, plan, x, pyramid)
+                observed = getattr(_local, "report", None) is not None
+                try:
+                    if plan.run is None or pyramid:
+                        out = _walk(self, plan, x, pyramid)
+                    elif graphed and not observed and graphs.wanted(self):
+                        out = graphs.run(self, name, plan.program, x)
+                    else:
+                        out = plan.run(x)
+                except NoFit as error:
+                    reason = str(error)
+                else:
+                    if observed:
+                        _note(self, target.method, True, "", plan.recipe)
+                    return out
         # a model of another structure is no fallback: its blocks speak for themselves
         _refuse(self, target.method, reason, expected=plan is None or plan.reason is None)
         return original(self, x, *flags)
@@ -250,7 +275,11 @@ def _walk(self: Any, plan: cache.Plan, x: Any, pyramid: bool) -> Any:
     features = []
     for step in plan.steps:
         if step.program is not None:
-            if conditions.reason(x, torch.is_grad_enabled()) is None and _fits(x, step.program.c_in) is None:
+            if (
+                conditions.reason(x, torch.is_grad_enabled()) is None
+                and _fits(x, step.program.c_in) is None
+                and plan.mismatch(x) is None
+            ):
                 x = step.program.run(x)
             else:
                 for ref in step.fallback:
@@ -279,27 +308,35 @@ def traced(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any
 
     @torch.compiler.assume_constant_result
     def outline(self: nn.Module) -> tuple[Any, ...] | None:
-        """Everything about a block but its tensors: (op, paths of params, eps, args, paths of modules in eval mode)."""
-        if cpu.unavailable() is not None:
-            return None
+        """Everything about a block but its tensors: (op, paths of params, eps, args, paths of modules in eval mode,
+        dtype, device).
+        """
         rec = Recorder(self)
         try:
             part = describe(rec)
-        except Unsupported:
+            layout = LAYOUTS[part.op](part.params, part.eps, *part.args)
+            device: Any = layout.device
+            backend = BY_DEVICE.get(device.type)
+            if backend is None or backend.unavailable() is not None or layout.dtype not in DTYPES[device.type]:
+                return None
+            # an op raises where a block runs its original forward
+            backend.build(layout)
+        except (Unsupported, ValueError):
             return None
-        if rec.guard().check(self, False) in (4, 5) or any(
-            t is not None and (t.dtype != torch.float32 or t.device.type != "cpu") for t in part.params
-        ):
+        if rec.guard().check(self, False) in (4, 5):
             return None
-        return part.op, rec.tensor_paths(part.params), tuple(part.eps), part.args, rec.eval_paths()
+        paths = rec.tensor_paths(part.params)
+        return part.op, paths, tuple(part.eps), part.args, rec.eval_paths(), layout.dtype, device
 
     def run(self: Any, x: Any) -> Any:
         if torch.compiler.is_exporting():
             return original(self, x)
         found = outline(self)
-        if found is None or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if found is None:
             return original(self, x)
-        op, paths, eps, args, evaluating = found
+        op, paths, eps, args, evaluating, dtype, device = found
+        if x.dtype != dtype or x.device != device or torch.is_autocast_enabled(device.type):
+            return original(self, x)
         for path in evaluating:
             if _follow(self, path).training:
                 return original(self, x)

@@ -209,12 +209,12 @@ def test_reference_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_beyond_the_packed_weights_is_small() -> None:
-    from mnv4_ops import cache
+    from mnv4_ops.ops import cpu
 
     model = build("mobilenetv4_conv_large")
     with torch.inference_mode(), mnv4_ops.enable():
         model(torch.randn(1, 3, 384, 384))
-    assert cache._local.workspace.numel() <= cache.WORKSPACE_KEPT
+    assert cpu._local.workspace.numel() <= cpu.WORKSPACE_KEPT
     packed = sum(p.native.packed_bytes for m in model.modules() for p in packed_of(m))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert packed <= 1.1 * weights

@@ -2,12 +2,17 @@
 
 Opaque to compilers, inference only. `layout` says what `params` and `eps` hold; packed weights are looked up in
 `mnv4_ops.cache`, so nothing that depends on the machine enters a graph or an exported file. Inputs may have any
-strides; outputs are canonical channels_last (`[N, features]` for the head).
+strides; outputs are canonical channels_last (`[N, features]` for the head). Input, weights and output have one dtype:
+float32 on the CPU; float16, bfloat16 or float32 on a GPU.
+
+On a GPU the ops see running statistics change by their versions. A training-mode forward moves them without one: that
+is noticed for modules that are enabled, otherwise `mnv4_ops.repack()` is needed after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +20,8 @@ from torch import Tensor
 
 from mnv4_ops import cache
 
-from . import cpu
-from .layout import LAYOUTS, Layout, check_input, empty_output
+from .backends import BY_DEVICE
+from .layout import LAYOUTS, Layout, check_input, empty_output, name_of
 
 __all__ = ["BACKENDS", "SCHEMAS"]
 
@@ -30,8 +35,8 @@ SCHEMAS = {
     "str act, bool residual) -> Tensor",
     "head": "(Tensor x, Tensor?[] params, float[] eps, str act) -> Tensor",
 }
-# a backend is a module with build, pack, run and unavailable, under torch's dispatch key
-BACKENDS = {"CPU": cpu}
+# torch's dispatch keys, and the device whose backend serves them
+BACKENDS = {"CPU": "cpu", "CUDA": "cuda"}
 
 _library = torch.library.Library("mnv4", "DEF")
 
@@ -45,11 +50,18 @@ def _layout(op: str, x: Tensor, params: Any, eps: Any, args: tuple[Any, ...]) ->
     for t in params:
         if t is not None and t.device != x.device:
             raise ValueError(f"mnv4::{op}: expected params on {x.device} like x, got {t.device}")
+    if layout.dtype is None:
+        return replace(layout, dtype=x.dtype, device=x.device)
+    if layout.dtype is not x.dtype:
+        raise ValueError(
+            f"mnv4::{op}: expected x of dtype {name_of(layout.dtype)} like the weights, got {name_of(x.dtype)}"
+        )
     return layout
 
 
-def _kernel(op: str, backend: Any) -> Callable[..., Tensor]:
+def _kernel(op: str, device: str) -> Callable[..., Tensor]:
     def run(x: Tensor, params: list[Tensor | None], eps: list[float], *args: Any) -> Tensor:
+        backend = BY_DEVICE[device]
         layout = _layout(op, x, params, eps, args)
         native = cache.packed_for_tensors(layout, params, eps, backend)
         return backend.run(native, layout, x.resolve_neg())
@@ -76,7 +88,7 @@ def _no_backward(op: str) -> Callable[..., Any]:
 
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema)
-    for _key, _backend in BACKENDS.items():
-        _library.impl(_op, _kernel(_op, _backend), _key)
+    for _key, _device in BACKENDS.items():
+        _library.impl(_op, _kernel(_op, _device), _key)
     torch.library.register_fake(f"mnv4::{_op}", _fake(_op), lib=_library)
     torch.library.register_autograd(f"mnv4::{_op}", _no_backward(_op), lib=_library)

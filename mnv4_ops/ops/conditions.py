@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as _module
 
-from . import cpu
+from .backends import BY_DEVICE
+from .layout import DTYPES, name_of
 
 # not public, but nothing public tells: without them the answer is that nothing is active
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -39,10 +40,11 @@ def reason(x: Any, grad: bool) -> str | None:
     """Why this input, here and now, is not for a kernel; None if it is."""
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}, {NOT_PLAIN}"
-    if x.dtype is not torch.float32:
-        return f"the input is {str(x.dtype).removeprefix('torch.')}, kernels take float32"
-    if not x.is_cpu:
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
+    if not device:
         return f"the input is on {x.device}: no kernels for this device"
+    if x.dtype not in DTYPES[device]:
+        return f"the input is {name_of(x.dtype)}, kernels take {', '.join(map(name_of, DTYPES[device]))} on this device"
     if x.layout is not torch.strided or x.dim() != 4:
         return f"the input is not a dense tensor [N, C, H, W] ({x.layout}, {x.dim()} dimensions)"
     if grad and x.requires_grad:
@@ -55,11 +57,11 @@ def reason(x: Any, grad: bool) -> str | None:
         return "a functorch transform is active"
     if _tracing():
         return "torch.jit is tracing"
-    if _autocast("cpu"):
+    if _autocast(device):
         return "autocast is enabled"
     for hooks in _hooks:
         if hooks:
             return "global module hooks are registered"
     if x.is_neg():
         return "the input is lazily negated"
-    return cpu.unavailable()
+    return BY_DEVICE[device].unavailable()

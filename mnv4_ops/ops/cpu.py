@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,12 @@ from mnv4_ops import _native
 
 from .layout import PER_STAGE, Layout, Params, empty_output
 
-DEVICE = "cpu"
+EXACT = True
+# a larger workspace is allocated for the call
+WORKSPACE_KEPT = 8 * 2**20
+
+_CPU = torch.device("cpu")
+_local = threading.local()
 
 
 def unavailable() -> str | None:
@@ -33,13 +39,14 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().resolve_neg().contiguous()
 
 
-def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> None:
-    """Folds and packs all stages; a block that is packed already keeps its buffer."""
+def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> bool:
+    """Folds and packs all stages; a block that is packed already keeps its buffer. True: it is done."""
     for stage, base in layout.stages:
         tensors = [_dense(t) for t in params[base : base + len(PER_STAGE)]]
         gamma = _dense(params[layout.gamma]) if layout.gamma is not None and stage == 3 else None
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         native.pack(stage, *addresses, eps[base // len(PER_STAGE)], 0 if gamma is None else gamma.data_ptr())
+    return True
 
 
 def run(native: Any, layout: Layout, x: Tensor) -> Tensor:
@@ -49,3 +56,76 @@ def run(native: Any, layout: Layout, x: Tensor) -> Tensor:
     if n:
         native.run(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def runner(native: Any, layout: Layout) -> Callable[[Tensor], Tensor]:
+    """The short way to `run`, for inputs that were found right."""
+    shape_of, start, threads = layout.output_shape, native.run, torch.get_num_threads
+
+    def run(x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        out = torch.empty(
+            shape_of(n, h, w), dtype=torch.float32, device=_CPU, memory_format=torch.channels_last
+        )  # fmt: skip
+        if n:
+            start(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), threads())
+        return out
+
+    return run
+
+
+def statistics(layout: Layout, params: Params) -> Any:
+    """Hash of all running statistics: a train-mode forward moves them without a new version."""
+    assert _native.core is not None
+    found = [params[base + i] for _, base in layout.stages for i in (4, 5)]
+    arrays = [t.detach().contiguous() for t in found if t is not None]
+    return _native.core.checksum([(t.data_ptr(), t.numel()) for t in arrays])
+
+
+class Program:
+    """Blocks back to back in one native call, with the shapes it has met."""
+
+    def __init__(self, parts: Sequence[tuple[Any, Layout]]) -> None:
+        assert _native.core is not None
+        self.natives = tuple(native for native, _ in parts)
+        self.native = _native.core.Program(list(self.natives))
+        self.c_in = parts[0][1].c_in
+        self._shapes: dict[tuple[int, int, int], tuple[tuple[int, ...], int]] = {}
+
+    def run(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        known = self._shapes.get((n, h, w))
+        if known is None:
+            known = self._meet(n, h, w)
+        shape, size = known
+        if len(shape) == 4:
+            out = torch.empty(shape, dtype=torch.float32, device=_CPU, memory_format=torch.channels_last)
+        else:
+            out = torch.empty(shape, dtype=torch.float32, device=_CPU)
+        if n:
+            memory = workspace(size)
+            threads = torch.get_num_threads()
+            self.native.run(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), memory.data_ptr(), threads)
+        return out
+
+    def _meet(self, n: int, h: int, w: int) -> tuple[tuple[int, ...], int]:
+        if len(self._shapes) >= 64:
+            self._shapes.clear()
+        native = self.native
+        known = (native.output_shape(n, h, w), native.workspace_bytes(n, h, w, torch.get_num_threads()))
+        self._shapes[n, h, w] = known
+        return known
+
+
+program = Program
+
+
+def workspace(size: int) -> Tensor:
+    """Memory of the calling thread for the activations between blocks; grows, up to a limit."""
+    if size > WORKSPACE_KEPT:
+        return torch.empty(size, dtype=torch.uint8, device=_CPU)
+    kept = getattr(_local, "workspace", None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):
+            kept = _local.workspace = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=_CPU)
+    return kept

@@ -4,6 +4,9 @@
 then the layer scale `gamma` for the ops in `WITH_GAMMA`. An absent stage is six times None. A stage without BatchNorm
 has None for all four `bn_*`; `bn_mean` and `bn_var` come together, `bn_weight` and `bn_bias` are optional beside them.
 `eps` has one number per stage. Weights are `[c_out, c_in / groups, k, k]`, everything else `[c_out]` of its stage.
+
+All weights, conv biases and gamma have the dtype of the first weight, one of `DTYPES` of its device; the tensors of a
+BatchNorm may be float32 beside 16-bit weights, as torch allows.
 """
 
 from __future__ import annotations
@@ -29,14 +32,22 @@ STAGES = {
 }
 WITH_GAMMA = ("uib", "fused_ib")
 NATIVE_STAGE = {"start": 0, "expand": 1, "mid": 2, "project": 3, "feat": 0, "hidden": 1, "classifier": 2}
-DTYPES = (torch.float32,)
+# by type of device; fake tensors have the device that they stand for
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32,),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+    "meta": (torch.float16, torch.bfloat16, torch.float32),
+}
 
 Params = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checked op call without its input: what the native block is made from, and the shape of the output."""
+    """A checked op call without its input: what the native block is made from, and the shape of the output.
+
+    `dtype` and `device` are those of the weights; None for a head without any.
+    """
 
     op: str
     native: tuple[tuple[str, Any], ...]  # keywords of _core.Block or _core.Head
@@ -45,6 +56,8 @@ class Layout:
     c_in: int
     c_out: int
     stride: int = 1
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
 
     @property
     def pooled(self) -> bool:
@@ -60,6 +73,15 @@ class Layout:
 
 def _error(op: str, expected: str, got: object) -> ValueError:
     return ValueError(f"mnv4::{op}: expected {expected}, got {got}")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtypes_of(device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes that kernels on this device take."""
+    return DTYPES.get(device.type, (torch.float32,))
 
 
 def _one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -80,10 +102,15 @@ class _Reader:
         if len(eps) != len(self.names):
             raise _error(op, f"eps to hold {len(self.names)} numbers, one per stage", len(eps))
         self.device: torch.device | None = None
+        self.dtype: torch.dtype | None = None
 
-    def _tensor(self, name: str, t: Tensor, dims: int) -> None:
-        if t.dtype not in DTYPES:
-            raise _error(self.op, f"{name} of dtype float32", str(t.dtype).removeprefix("torch."))
+    def _tensor(self, name: str, t: Tensor, dims: int, norm: bool = False) -> None:
+        if self.dtype is None and t.dtype in dtypes_of(t.device):
+            self.dtype = t.dtype
+        # in words what is allowed: the dtype of the first weight, or all that its device has
+        if t.dtype is not self.dtype and not (norm and t.dtype is torch.float32):
+            allowed = dtypes_of(t.device) if self.dtype is None else (self.dtype,)
+            raise _error(self.op, f"{name} of dtype {' or '.join(map(name_of, allowed))}", name_of(t.dtype))
         if t.dim() != dims:
             raise _error(self.op, f"{name} with {dims} dimension{'s' * (dims > 1)}", f"shape {tuple(t.shape)}")
         if self.device is None:
@@ -114,7 +141,7 @@ class _Reader:
         for part, t in zip(PER_STAGE[1:], rest, strict=True):
             if t is None:
                 continue
-            self._tensor(f"{name}.{part}", t, 1)
+            self._tensor(f"{name}.{part}", t, 1, norm=part.startswith("bn_"))
             if t.shape[0] != c_out:
                 raise _error(self.op, f"{name}.{part} with {c_out} elements", t.shape[0])
         _, bn_weight, bn_bias, bn_mean, bn_var = rest
@@ -177,7 +204,7 @@ def _names(op: str, stride: int, padding: str, *acts: str) -> None:
 
 
 def _finish(r: _Reader, c_in: int, c_out: int, stride: int, gamma: int | None = None, /, **native: Any) -> Layout:
-    return Layout(r.op, tuple(native.items()), tuple(r.stages), gamma, c_in, c_out, stride)
+    return Layout(r.op, tuple(native.items()), tuple(r.stages), gamma, c_in, c_out, stride, r.dtype, r.device)
 
 
 def uib(params: Params, eps: Sequence[float], stride: int, padding: str, act: str, residual: bool) -> Layout:
@@ -287,11 +314,11 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {
 
 
 def check_input(op: str, x: Tensor, c_in: int | None) -> None:
-    """`x` must be a float32 [N, c_in, H, W] with at least one pixel; N may be 0."""
+    """`x` must be a [N, c_in, H, W] of a dtype of its device with at least one pixel; N may be 0."""
     if x.dim() != 4:
         raise _error(op, "x with 4 dimensions [N, C, H, W]", f"shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise _error(op, "x of dtype float32", str(x.dtype).removeprefix("torch."))
+    if x.dtype not in dtypes_of(x.device):
+        raise _error(op, f"x of dtype {' or '.join(map(name_of, dtypes_of(x.device)))}", name_of(x.dtype))
     if x.layout is not torch.strided:
         raise _error(op, "x to be a dense tensor", x.layout)
     if c_in is not None and x.shape[1] != c_in:
