@@ -271,15 +271,17 @@ def drop(modules: Iterator[nn.Module] | None = None) -> None:
         if modules is not None:
             wanted = {id(module) for module in modules}
             sides = [side for side in sides if id(side.ref()) in wanted]
+        at_once: list[tuple[nn.Module, str, Plan]] = []
         for side in sides:
-            plans = dict(side.plans)
+            module = side.ref()
+            for name, plan in side.plans.items():
+                if module is not None and plan.device is not None and BY_DEVICE[plan.device.type] is cuda:
+                    at_once.append((module, name, plan))
             side.plans.clear()
             for packed in side.packed.values():
                 packed.key = None
-            module = side.ref()
-            for name, plan in plans.items():
-                if module is not None and plan.device is not None and BY_DEVICE[plan.device.type] is cuda:
-                    renew(module, name, plan.describe)
+        for module, name, plan in at_once:
+            renew(module, name, plan.describe)
 
 
 class _Raw:
