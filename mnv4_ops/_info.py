@@ -14,15 +14,18 @@ from mnv4_ops import _native
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "onnxruntime", "openvino", "executorch")
 
 
-def _package_version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _gpus() -> list[dict[str, Any]]:
+def gpus() -> list[dict[str, Any]]:
+    """GPUs that torch sees: index, name, memory_bytes, capability, multiprocessors, driver of CUDA, tuned table."""
     import torch
+
+    from mnv4_ops import tuning
 
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -33,12 +36,15 @@ def _gpus() -> list[dict[str, Any]]:
                 "name": properties.name,
                 "memory_bytes": properties.total_memory,
                 "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "cuda": torch.version.cuda,
+                "tuned": tuning.describe(properties.name),
             }
         )
     return found
 
 
-def _problems(native: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
+def _problems(native: dict[str, Any], gpus: list[dict[str, Any]], reason: str | None) -> list[str]:
     """What does not run fused here, each with its reason."""
     import torch
 
@@ -49,11 +55,11 @@ def _problems(native: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
         problems.append("no OpenMP runtime is loaded in this process: std::thread is used, which starts slower")
     if sys.platform == "win32":
         problems.append("Windows is not supported: models run their original forwards")
-    if gpus:
-        problems.append("GPU kernels are not part of this version: models on a GPU run their original forwards")
+    if gpus and reason is not None:
+        problems.append(f"no GPU kernels, models on a GPU run their original forwards: {reason}")
     if torch.backends.mps.is_available():
         problems.append("MPS is not supported: models on it run their original forwards")
-    if _package_version("timm") is None:
+    if package_version("timm") is None:
         problems.append("timm is not installed (`pip install 'mnv4-ops[timm]'`): only the reference modules are served")
     return problems
 
@@ -62,9 +68,12 @@ def collect() -> dict[str, Any]:
     """Everything `mnv4-ops info` shows, ready for JSON. Sizes in bytes; None: absent or unknown.
 
     Keys: version, python, platform, packages, native (loaded, file, reason, build, openmp_runtime),
-    cpu (as `_core.cpu_info()`, None without the library), threads, gpus, environment, problems.
+    cpu (as `_core.cpu_info()`, None without the library), threads, gpus (as `gpus()`), gpu_kernels (why there are none,
+    None if there are), environment, problems.
     """
     import torch
+
+    from mnv4_ops.ops import cuda
 
     core = _native.core
     native: dict[str, Any] = {
@@ -74,19 +83,20 @@ def collect() -> dict[str, Any]:
         "build": None if core is None else core.build_info(),
         "openmp_runtime": None if core is None else core.openmp_runtime(),
     }
-    gpus = _gpus()
+    found, reason = gpus(), cuda.unavailable()
     return {
         "version": mnv4_ops.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
-        "packages": {name: _package_version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "native": native,
         "cpu": None if core is None else core.cpu_info(),
         "threads": {
             "torch": torch.get_num_threads(),
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
-        "gpus": gpus,
+        "gpus": found,
+        "gpu_kernels": reason,
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MNV4_OPS_")},
-        "problems": _problems(native, gpus),
+        "problems": _problems(native, found, reason),
     }

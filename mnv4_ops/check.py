@@ -1,19 +1,19 @@
 """The kernel correctness suite behind `mnv4-ops check`: every spec of the ledger on every tier against float64.
 
 A result passes by the 2x rule: with the error e against torch's own operations in float64 on the unfolded parameters,
-and e_torch the error of plain torch in float32, max|e| <= 2 max|e_torch| + 2 ulp(max|ref|), and from 1024 elements up
-rms(e) <= 2 rms(e_torch). The native objects are called directly, on NaN-poisoned outputs, so that nothing can fall
-back.
+and e_torch the error of plain torch in the same dtype, max|e| <= 2 max|e_torch| + 2 ulp(max|ref|), and from 1024
+elements up rms(e) <= 2 rms(e_torch). The native objects are called directly, on NaN-poisoned outputs, so that nothing
+can fall back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from mnv4_ops import _native
@@ -103,22 +103,73 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _pack(native: Native, stage: int, layer: R.ConvBN | None, gamma: torch.Tensor | None = None) -> None:
-    if layer is None:
-        return
-    bn = layer.bn
-    norm = (
-        {}
-        if bn is None
-        else {
-            "bn_weight": _address(bn.weight),
-            "bn_bias": _address(bn.bias),
-            "bn_mean": _address(bn.mean),
-            "bn_var": _address(bn.var),
-            "eps": bn.eps,
-        }
-    )
-    native.pack(stage, _address(layer.weight), bias=_address(layer.bias), gamma=_address(gamma), **norm)
+class Description(NamedTuple):
+    """What a native block is made from: its class and keywords, and its stages with their parameters."""
+
+    cls: str
+    keywords: dict[str, Any]
+    stages: list[tuple[int, R.ConvBN, torch.Tensor | None]]  # native stage, layer, layer scale
+
+
+def describe(spec: Spec, params: Any) -> Description:
+    """A spec and its parameters (reference.functional's tuples) for `_core` and for the kernels of a GPU."""
+    if isinstance(spec, UIBSpec):
+        keywords = {
+            "c_in": spec.c_in, "c_mid": spec.c_mid, "c_out": spec.c_out, "padding": spec.padding,
+            "residual": spec.residual,
+            "start_kernel": spec.start_kernel, "start_stride": spec.start_stride,
+            "expand": True, "expand_act": spec.act,
+            "mid_kernel": spec.mid_kernel, "mid_stride": spec.mid_stride,
+            "mid_act": spec.act if spec.mid_kernel else "none",
+            "project": True,
+        }  # fmt: skip
+        layers = [(0, params.start), (1, params.expand), (2, params.mid), (3, params.project)]
+        stages = [(i, layer, params.gamma if i == 3 else None) for i, layer in layers if layer is not None]
+        return Description("Block", keywords, stages)
+    if isinstance(spec, FusedIBSpec):
+        keywords = {
+            "c_in": spec.c_in, "c_mid": spec.c_mid, "c_out": spec.c_out, "padding": spec.padding,
+            "residual": spec.residual,
+            "expand": True, "expand_kernel": spec.kernel, "expand_stride": spec.stride, "expand_act": spec.act,
+            "project": True,
+        }  # fmt: skip
+        return Description("Block", keywords, [(1, params.expand, None), (3, params.project, None)])
+    if isinstance(spec, ConvSpec):
+        keywords = {"c_in": spec.c_in, "c_mid": spec.c_out, "c_out": spec.c_out, "padding": spec.padding}
+        if spec.depthwise:
+            keywords |= {"start_kernel": spec.kernel, "start_stride": spec.stride, "start_act": spec.act}
+        else:
+            keywords |= {"expand_kernel": spec.kernel, "expand_stride": spec.stride, "expand_act": spec.act}
+            keywords["expand"] = True
+        return Description("Block", keywords, [(0 if spec.depthwise else 1, params, None)])
+    if isinstance(spec, HeadSpec):
+        keywords = {
+            "c_in": spec.c_in, "c_feat": spec.c_feat, "feat_act": spec.act, "c_hidden": spec.c_hidden,
+            "hidden_act": spec.act,
+            "classes": spec.classes,
+        }  # fmt: skip
+        layers = [(0, params.feat), (1, params.hidden), (2, params.classifier)]
+        return Description("Head", keywords, [(i, layer, None) for i, layer in layers if layer is not None])
+    raise TypeError(f"native_block: expected a UIBSpec, FusedIBSpec, ConvSpec or HeadSpec, got {type(spec).__name__}")
+
+
+def pack(native: Native, description: Description, give: Callable[[torch.Tensor | None], Any]) -> Native:
+    """Packs all stages; `give` turns a tensor (or None) into what the native object takes."""
+    for stage, layer, gamma in description.stages:
+        bn = layer.bn
+        norm = (
+            {}
+            if bn is None
+            else {
+                "bn_weight": give(bn.weight),
+                "bn_bias": give(bn.bias),
+                "bn_mean": give(bn.mean),
+                "bn_var": give(bn.var),
+                "eps": bn.eps,
+            }
+        )
+        native.pack(stage, give(layer.weight), bias=give(layer.bias), gamma=give(gamma), **norm)
+    return native
 
 
 def native_block(spec: Spec, params: Any) -> Native:
@@ -127,45 +178,8 @@ def native_block(spec: Spec, params: Any) -> Native:
     """
     core = _native.core
     assert core is not None
-    if isinstance(spec, UIBSpec):
-        block = core.Block(
-            c_in=spec.c_in, c_mid=spec.c_mid, c_out=spec.c_out, padding=spec.padding, residual=spec.residual,
-            start_kernel=spec.start_kernel, start_stride=spec.start_stride,
-            expand=True, expand_act=spec.act,
-            mid_kernel=spec.mid_kernel, mid_stride=spec.mid_stride, mid_act=spec.act if spec.mid_kernel else "none",
-            project=True,
-        )  # fmt: skip
-        for stage, layer in enumerate((params.start, params.expand, params.mid, params.project)):
-            _pack(block, stage, layer, params.gamma if stage == 3 else None)
-        return block
-    if isinstance(spec, FusedIBSpec):
-        block = core.Block(
-            c_in=spec.c_in, c_mid=spec.c_mid, c_out=spec.c_out, padding=spec.padding, residual=spec.residual,
-            expand=True, expand_kernel=spec.kernel, expand_stride=spec.stride, expand_act=spec.act,
-            project=True,
-        )  # fmt: skip
-        _pack(block, 1, params.expand)
-        _pack(block, 3, params.project)
-        return block
-    if isinstance(spec, ConvSpec):
-        size = {"c_in": spec.c_in, "c_mid": spec.c_out, "c_out": spec.c_out, "padding": spec.padding}
-        if spec.depthwise:
-            block = core.Block(**size, start_kernel=spec.kernel, start_stride=spec.stride, start_act=spec.act)
-        else:
-            block = core.Block(
-                **size, expand=True, expand_kernel=spec.kernel, expand_stride=spec.stride, expand_act=spec.act
-            )
-        _pack(block, 0 if spec.depthwise else 1, params)
-        return block
-    if isinstance(spec, HeadSpec):
-        head = core.Head(
-            c_in=spec.c_in, c_feat=spec.c_feat, feat_act=spec.act, c_hidden=spec.c_hidden, hidden_act=spec.act,
-            classes=spec.classes,
-        )  # fmt: skip
-        for stage, layer in enumerate((params.feat, params.hidden, params.classifier)):
-            _pack(head, stage, layer)
-        return head
-    raise TypeError(f"native_block: expected a UIBSpec, FusedIBSpec, ConvSpec or HeadSpec, got {type(spec).__name__}")
+    description = describe(spec, params)
+    return pack(getattr(core, description.cls)(**description.keywords), description, _address)
 
 
 def native_run(native: Native, spec: Spec, x: torch.Tensor, *, threads: int | None = None) -> torch.Tensor:
@@ -208,16 +222,25 @@ def random_module(spec: Spec, seed: int = 0) -> Any:
     return randomize_(module.eval(), seed)
 
 
-def _judge(case: Case, tier: str, output: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> Result:
+def of_allowed(output: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """Largest and rms error of an output as fractions of what the 2x rule allows; above 1 fails.
+
+    `plain` is torch's output in the dtype of the output, `truth` that in float64. The rms is 0 below 1024 elements.
+    """
     error, error_torch = (output.double() - truth).abs(), (plain.double() - truth).abs()
     scale = float(truth.abs().max())
-    ulp = float(np.spacing(np.float32(scale)))
+    ulp = torch.finfo(output.dtype).eps * 2.0 ** math.floor(math.log2(scale)) if 0 < scale < math.inf else 1e-45
     allowed = 2 * float(error_torch.max()) + 2 * ulp
     rms = 0.0
     if truth.numel() >= _RMS_FROM:
         # a tiny floor only where torch happens to be exact
         rms = float(error.square().mean().sqrt()) / max(2 * float(error_torch.square().mean().sqrt()), ulp * 1e-3)
-    return Result(case, tier, float(error.max()) / allowed, rms, float(error.max()), scale)
+    return float(error.max()) / allowed, rms
+
+
+def _judge(case: Case, tier: str, output: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> Result:
+    error, rms = of_allowed(output, plain, truth)
+    return Result(case, tier, error, rms, float((output.double() - truth).abs().max()), float(truth.abs().max()))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""`mnv4-ops info | bench | check`. Exit status: 0 fine, 1 a check or the correctness gate failed, 2 wrong usage."""
+"""`mnv4-ops info | bench | check | tune`. Exit status: 0 fine, 1 a check or the gate failed, 2 wrong usage."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import warnings
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEVICES = ("cpu", "cuda")
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-': stdout).")]
 
 
@@ -71,6 +74,27 @@ def _number(option: str, text: str, *, low: int, high: int) -> int:
     if not text.isdecimal() or not low <= int(text) <= high:
         raise _fail(f"{option}: expected a whole number from {low} to {high}, got {text!r}")
     return int(text)
+
+
+def _device(device: str, **only: tuple[str, Any]) -> str:
+    """Checks --device; `only` maps options to (the device that has them, the value given or None)."""
+    if device not in DEVICES:
+        raise _fail(f"--device: expected one of {', '.join(DEVICES)}, got {device!r}")
+    for option, (owner, value) in only.items():
+        if value and owner != device:
+            raise _fail(f"--{option}: goes with --device {owner}, not with --device {device}")
+    return device
+
+
+def _dtypes(words: list[str] | None) -> list[str]:
+    from mnv4_ops.check_gpu import DTYPES
+
+    names = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    chosen = [names.get(word, word) for word in _words(words or [])]
+    for name in chosen:
+        if name not in DTYPES:
+            raise _fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return list(dict.fromkeys(chosen))
 
 
 def _numbers(option: str, values: list[str], *, low: int = 1, high: int = 4096) -> list[int]:
@@ -125,8 +149,15 @@ def _print_info(console: Console, facts: dict[str, Any]) -> None:
         table.add_row("tiers", f"{', '.join(cpu['tiers'])}; in use: {cpu['tier']}")
     table.add_row("threads", f"torch {threads['torch']}, CPUs available {threads['cpus']}")
     table.add_row("OpenMP runtime", native["openmp_runtime"] or "none found")
-    gpus = [f"{gpu['name']} ({_size(gpu['memory_bytes'])}, {gpu['capability']})" for gpu in facts["gpus"]]
-    table.add_row("GPU", "; ".join(gpus) or "none")
+    for gpu in facts["gpus"]:
+        table.add_row(f"GPU {gpu['index']}", f"{gpu['name']} ({_size(gpu['memory_bytes'])}, {gpu['capability']})")
+        tables = [f"{gpu['tuned'][kind]} entries {kind}" for kind in ("shipped", "own") if gpu["tuned"][kind]]
+        table.add_row(
+            "tuned", ", ".join(tables) or "no table for this GPU, a formula is used (`mnv4-ops tune` makes one)"
+        )
+    if not facts["gpus"]:
+        table.add_row("GPU", "none")
+    table.add_row("GPU kernels", facts["gpu_kernels"] or "available: float16, bfloat16, float32")
     for name, value in facts["environment"].items():
         table.add_row(name, value)
     for name, reason in facts["peers"].items():
@@ -160,36 +191,63 @@ def bench(
         str, typer.Option(metavar="N", help="Stop the timed part of a table after this long (at least 3 rounds).")
     ] = "60",
     blocks: Annotated[
-        bool, typer.Option("--blocks", help="One row per block of the model instead of whole models.")
+        bool, typer.Option("--blocks", help="One row per block of the model instead of whole models (CPU).")
     ] = False,
+    device: Device = "cpu",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="On a GPU: float16 (the default), bfloat16, float32; commas or repeated.")
+    ] = None,
     json_file: Json = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
 ) -> None:
     """Time a MobileNetV4 on a real photograph, original and enabled, against every installed peer.
 
     First the enabled logits must agree with the original's; then all variants run interleaved, each table in a fresh
-    process that is pinned to as many CPUs as threads.
+    process that is pinned to as many CPUs as threads. On a GPU: CUDA graphs by the clock of the device, and calls by
+    that of the host.
     """
-    from mnv4_ops.bench import inputs, machine, run
+    from mnv4_ops.bench import gpu_run, inputs, machine, run
     from mnv4_ops.bench.errors import BenchError
 
     _check_writable("--json", json_file)
     _check_writable("--markdown", markdown)
+    _device(device, threads=("cpu", threads), blocks=("cpu", blocks), dtype=("cuda", dtype))
+    side = None if resolution is None else _number("--resolution", resolution, low=32, high=2048)
+    rounds = _number("--repeats", repeats, low=1, high=10000)
+    limit = _number("--seconds", seconds, low=1, high=86400)
     try:
+        if device == "cuda":
+            gpu_plan = gpu_run.GpuPlan(
+                models=inputs.resolve_models(_words(model)),
+                batches=_numbers("--batch", batch),
+                dtypes=_dtypes(dtype) or ["float16"],
+                peers=peers,
+                image=image,
+                resolution=side,
+                rounds=rounds,
+                seconds=limit,
+            )
+            gpu_plan.validate()
+            _finish_bench(gpu_run.models(gpu_plan, _console(json_file)), json_file, markdown)
+            return
         plan = run.Plan(
             models=inputs.resolve_models(_words(model)),
             batches=_numbers("--batch", batch),
             threads=_numbers("--threads", threads or [str(len(machine.available_cpus()))]),
             peers=peers,
             image=image,
-            resolution=None if resolution is None else _number("--resolution", resolution, low=32, high=2048),
-            repeats=_number("--repeats", repeats, low=1, high=10000),
-            seconds=_number("--seconds", seconds, low=1, high=86400),
+            resolution=side,
+            repeats=rounds,
+            seconds=limit,
         )
         plan.validate()
         outcome = run.blocks(plan, _console(json_file)) if blocks else run.models(plan, _console(json_file))
     except BenchError as error:
         raise _fail(str(error)) from None
+    _finish_bench(outcome, json_file, markdown)
+
+
+def _finish_bench(outcome: Any, json_file: Path | None, markdown: Path | None) -> None:
     _write(json_file, outcome.document)
     if markdown is not None:
         markdown.write_text(outcome.markdown)
@@ -201,22 +259,39 @@ def bench(
 def check(
     tier: Annotated[list[str] | None, typer.Option(help="Tiers to check; default: all that this CPU has.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small odd images only: seconds instead of minutes.")] = False,
+    device: Device = "cpu",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="On a GPU: float16, bfloat16, float32 (the default: all); commas or repeated."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Check every kernel on this machine against float64: all blocks of all models, every tier."""
+    """Check every kernel on this machine against float64: all blocks of all models, every tier or dtype."""
     from mnv4_ops import _native
 
     if _native.core is None:
         raise _fail(f"check needs the native library, which is missing: {_native.reason}")
-    available = _native.core.cpu_info()["tiers"]
-    chosen = _words(tier or []) or list(available)
-    for name in chosen:
-        if name not in available:
-            raise _fail(f"--tier: expected one of {', '.join(available)} (what this CPU has), got {name!r}")
+    _device(device, tier=("cpu", tier), dtype=("cuda", dtype))
+    suite: Any
+    if device == "cuda":
+        from mnv4_ops import check_gpu as suite
+        from mnv4_ops.ops import cuda
+
+        if (reason := cuda.unavailable()) is not None:
+            raise _fail(f"--device cuda: {reason}")
+        chosen = _dtypes(dtype) or list(suite.DTYPES)
+    else:
+        from mnv4_ops import check as suite
+
+        available = _native.core.cpu_info()["tiers"]
+        chosen = _words(tier or []) or list(available)
+        for name in chosen:
+            if name not in available:
+                raise _fail(f"--tier: expected one of {', '.join(available)} (what this CPU has), got {name!r}")
     _check_writable("--json", json_file)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mnv4_ops import check as suite
+    from mnv4_ops.check import worst
 
     console = _console(json_file)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -227,7 +302,7 @@ def check(
             progress.update(bar, completed=index, total=total, description=case.where)
 
         results = suite.run(chosen, quick=quick, on_case=on_case)
-    _print_check(console, suite.worst(results), [r for r in results if not r.ok], len(results))
+    _print_check(console, worst(results), [r for r in results if not r.ok], len(results))
     _write(json_file, {"schema": "mnv4-ops/check/1", "quick": quick, "results": [r.as_dict() for r in results]})
     if not all(r.ok for r in results):
         raise typer.Exit(1)
@@ -261,6 +336,45 @@ def _print_check(console: Console, worst: list[Any], failed: list[Any], total: i
         )
     console.print(table)
     console.print(f"{total - len(failed)} of {total} checks passed")
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        list[str] | None, typer.Option(help="As in bench; the blocks of these models are measured; default: all-conv.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float16 (the default), bfloat16, float32; commas or repeated.")
+    ] = None,
+    batch: Annotated[list[str], typer.Option(help="Batch sizes, e.g. 1,8.")] = ["1,8,64,256"],  # noqa: B006
+    resolution: Annotated[
+        str | None, typer.Option(metavar="N", help="Side in pixels; default: the model's own.")
+    ] = None,
+) -> None:
+    """Measure tile configurations on this GPU and keep the best in your cache folder, where they come before the
+    shipped ones. Takes minutes to hours; models that run meanwhile are timed with it.
+    """
+    from mnv4_ops import tuning
+    from mnv4_ops.bench import inputs
+    from mnv4_ops.bench.errors import BenchError
+
+    batches = _numbers("--batch", batch)
+    side = None if resolution is None else _number("--resolution", resolution, low=32, high=2048)
+    dtypes = _dtypes(dtype) or ["float16"]
+    console = _console(None)
+    try:
+        models = inputs.resolve_models(_words(model or ["all-conv"]))
+        if not models:
+            raise _fail("--model: expected at least one model")
+        with console.status("tuning") if console.is_terminal else contextlib.nullcontext():
+            file, count = tuning.tune(
+                models, dtypes, batches, resolution=side, log=lambda line: console.print(line, markup=False)
+            )
+    except BenchError as error:
+        raise _fail(str(error)) from None
+    except RuntimeError as error:
+        raise _fail(f"tune: {error}") from None
+    console.print(f"{count} entries in {file}", markup=False)
 
 
 def main() -> None:

@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: leave torch.empty and its siblings alone in this test")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="waits for an NVIDIA GPU"))
+
+
 def available_tiers() -> list[str]:
     """CPU tiers that this machine can run, best last; empty without the native library."""
     return list(_native.core.cpu_info()["tiers"]) if _native.core is not None else []

@@ -20,6 +20,7 @@ from mnv4_ops.bench import blocks, cell, gate, inputs, isolate, machine, report,
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.peers import ALL, PEERS, Unsupported, select
 from mnv4_ops.cli import app
+from mnv4_ops.ops import cuda
 from mnv4_ops.spec import MODELS, ConvSpec, HeadSpec, UIBSpec, ledger
 
 runner = CliRunner()
@@ -345,3 +346,46 @@ def test_blocks_table() -> None:
         runs, left_out = blocks.variants(small, request)
     assert set(runs) == {"mnv4_ops", "torch_eager_cl"}
     assert not left_out
+
+
+NO_GPU = cuda.unavailable() is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["bench", "--device", "tpu"], ["--device", "'tpu'", "cpu, cuda"]),
+        (["bench", "--dtype", "float16"], ["--dtype", "--device cuda"]),
+        (["bench", "--device", "cuda", "--threads", "1"], ["--threads", "--device cpu"]),
+        (["bench", "--device", "cuda", "--blocks"], ["--blocks", "--device cpu"]),
+        (["bench", "--device", "cuda", "--dtype", "int8"], ["--dtype", "'int8'", "float16"]),
+        (["check", "--device", "cuda", "--tier", "scalar"], ["--tier", "--device cpu"]),
+        (["check", "--dtype", "fp16"], ["--dtype", "--device cuda"]),
+        (["tune", "--dtype", "int8"], ["--dtype", "'int8'"]),
+        (["tune", "--batch", "0"], ["--batch", "'0'"]),
+        (["tune", "--model", "conv_smal"], ["--model", "did you mean conv_small?"]),
+        pytest.param(["bench", "--device", "cuda"], ["--device cuda"], marks=pytest.mark.skipif(not NO_GPU, reason="")),
+        pytest.param(["check", "--device", "cuda"], ["--device cuda"], marks=pytest.mark.skipif(not NO_GPU, reason="")),
+        pytest.param(["tune"], ["tune: "], marks=pytest.mark.skipif(not NO_GPU, reason="")),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in ("bench", "check", "tune") else None,
+)
+@needs_native
+def test_errors_of_the_gpu_commands(arguments: list[str], parts: list[str]) -> None:
+    pytest.importorskip("timm")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("mnv4-ops: error: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_info_says_why_there_are_no_gpu_kernels(tmp_path: Path) -> None:
+    file = tmp_path / "info.json"
+    result = runner.invoke(app, ["info", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    reason = json.loads(file.read_text())["gpu_kernels"]
+    assert reason == cuda.unavailable()
+    assert "GPU kernels" in result.stdout

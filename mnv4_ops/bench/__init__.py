@@ -6,5 +6,6 @@ run.py       the whole of `mnv4-ops bench`  cell.py     one (model, batch, threa
 blocks.py    one row per block
 isolate.py   a fresh process per cell
 report.py    tables, Markdown, JSON
+gpu*.py      on a GPU: gpu_run.py the plan, gpu.py one (model, dtype, batch), gpu_clock.py events, gpu_report.py
 peers/       what it is compared with, one file each
 """

@@ -49,20 +49,20 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run(task: Task, request: Any, *, threads: int, notify: Notify) -> Any:
+def run(task: Task, request: Any, *, threads: int, notify: Notify, compilers: int = 1) -> Any:
     """Result of `task(request, notify)` in a fresh process pinned to `threads` CPUs. `task` is a module-level function.
 
+    `compilers` is the number of processes that torch.compile may use: 1 leaves none beside a measurement on the CPU.
     Raises BenchError for one that the task raised, RuntimeError (with the end of the child's output) for anything else.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     variables = {
         "OMP_NUM_THREADS": str(threads),
-        # compiling in the child itself leaves no worker processes beside the measurement
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(compilers),
     }
     with tempfile.NamedTemporaryFile(prefix="mnv4_ops-bench-", suffix=".log") as log:
-        process = context.Process(target=_child, args=(theirs, log.name, task, request), daemon=True)
+        process = context.Process(target=_child, args=(theirs, log.name, task, request), daemon=compilers == 1)
         with pinned(pick_cpus(threads)), _environment(variables):
             process.start()
         theirs.close()

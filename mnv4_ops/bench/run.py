@@ -74,7 +74,8 @@ def _describe(event: dict[str, Any]) -> str:
     return "loading model and photograph"
 
 
-def _run(task: Any, request: Any, title: str, console: Console) -> Any:
+def run_cell(task: Any, request: Any, title: str, console: Console, threads: int, compilers: int = 1) -> Any:
+    """`task(request, notify)` in a process of its own, with its progress on the console."""
     with _progress(console) as progress:
         bar = progress.add_task(f"{title}: starting", total=None)
 
@@ -86,13 +87,13 @@ def _run(task: Any, request: Any, title: str, console: Console) -> Any:
                 total=event.get("total"),
             )
 
-        return isolate.run(task, request, threads=request.threads, notify=notify)
+        return isolate.run(task, request, threads=threads, notify=notify, compilers=compilers)
 
 
-def _weights(plan: Plan, console: Console) -> dict[str, str]:
+def weights(models: list[str], console: Console) -> dict[str, str]:
     """Per model: empty for pretrained weights, otherwise why they are random. Said plainly."""
     notes = {}
-    for model in plan.models:
+    for model in models:
         with console.status(f"looking for the pretrained weights of {model}") if console.is_terminal else _nothing():
             notes[model] = inputs.fetch_weights(model) or ""
         if notes[model]:
@@ -111,7 +112,7 @@ def models(plan: Plan, console: Console) -> Outcome:
     """One table per cell and a summary. `ok` is False when a gate was red or the enabled model could not run."""
     from mnv4_ops.bench import peers as registry
 
-    notes = _weights(plan, console)
+    notes = weights(plan.models, console)
     console.print(f"photograph: {plan.image or inputs.PHOTOGRAPH}")
     names = tuple(peer.name for peer in registry.select(plan.peers))
     cells: list[dict[str, Any]] = []
@@ -121,7 +122,7 @@ def models(plan: Plan, console: Console) -> Outcome:
         )
         title = f"{inputs.ledger_name(model)} batch {batch} threads {threads}"
         try:
-            result = _run(cell.measure_cell, request, title, console)
+            result = run_cell(cell.measure_cell, request, title, console, threads)
         except RuntimeError as error:
             raise BenchError(f"{title}: the measuring process failed: {str(error).splitlines()[-1]}") from error
         cells.append(result)
@@ -148,9 +149,8 @@ def blocks(plan: Plan, console: Console) -> Outcome:
     results, texts = [], []
     for model, batch, threads in plan.cells():
         request = suite.BlocksRequest(model, batch, threads, plan.resolution, names, repeats=plan.repeats)
-        result = _run(
-            suite.measure_blocks, request, f"{inputs.ledger_name(model)} batch {batch} threads {threads}", console
-        )
+        title = f"{inputs.ledger_name(model)} batch {batch} threads {threads}"
+        result = run_cell(suite.measure_blocks, request, title, console, threads)
         results.append(result)
         texts.append(suite.markdown(result))
         console.print(suite.table(result))

@@ -1,0 +1,216 @@
+"""What of the GPU's bench, suite and tables needs no GPU: clock, judgement, reports, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standin
+import torch
+
+from mnv4_ops import _native, check, check_gpu, tuning
+from mnv4_ops.bench import gpu, gpu_clock, gpu_report, gpu_run
+from mnv4_ops.bench.errors import BenchError
+from mnv4_ops.ops import cuda
+from mnv4_ops.spec import ConvSpec, HeadSpec, UIBSpec
+
+needs_native = pytest.mark.skipif(_native.core is None, reason="no native library")
+
+
+def test_interleaved_spans() -> None:
+    counts: dict[str, list[int]] = {"a": [], "b": []}
+
+    def span(run: Any, count: int) -> float:
+        counts[run()].append(count)
+        return 1e-4 if run() == "a" else 1.0
+
+    rounds: list[Any] = []
+    stats = gpu_clock.interleave(
+        {name: (lambda name=name: name) for name in counts},
+        rounds=3,
+        span=span,
+        on_round=lambda done, total: rounds.append((done, total)),
+    )
+    # two to find the length of a span, then in each round a warm-up and five spans
+    assert counts["a"] == [2, 2] + [1, 20, 20, 20, 20, 20] * 3
+    assert counts["b"] == [2, 2] + [1] * 18
+    assert stats["a"].median_ms == pytest.approx(0.1)
+    assert stats["b"].calls == 15
+    assert rounds == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_judgement() -> None:
+    truth = torch.linspace(-4, 4, 2048, dtype=torch.float64).view(2, 1024)
+    plain = truth.half()
+    assert gpu.judge(plain, plain, truth)["ok"]
+    assert not gpu.judge(plain + 0.1, plain, truth)["ok"]
+    assert not gpu.judge(plain * float("nan"), plain, truth)["ok"]
+    assert gpu.judge(plain, plain, truth)["top1"] == 1.0
+
+
+def _cell(batch: int, red: str | None = None) -> dict[str, Any]:
+    def row(name: str, ms: float) -> dict[str, Any]:
+        return {
+            "label": name, "of_allowed": 0.3, "top1": 1.0, "eager_top1": 1.0, "prepare_s": 2.0, "median_ms": ms,
+            "q20_ms": ms, "q80_ms": ms, "min_ms": ms, "calls": 5,
+        }  # fmt: skip
+
+    return gpu._derive(
+        {
+            "model": "mobilenetv4_conv_small", "batch": batch, "dtype": "float16", "resolution": 224,
+            "weights": "random, seeded", "input": "random numbers", "red": red,
+            "graphs": {name: row(label, 1.0 + i) for i, (name, label) in enumerate(reversed(gpu.GRAPHS.items()))},
+            "calls": {name: row(label, 1.0 + i) for i, (name, label) in enumerate(gpu.CALLS.items())},
+            "unavailable": {"calls compile": "it did not"}, "served": {"fused": 20, "original": []},
+            "memory": {"eager_cl": 40 * 2**20, "mnv4_ops": 10 * 2**20},
+        }
+    )  # fmt: skip
+
+
+def test_reports() -> None:
+    cells = [_cell(1), _cell(8, red="wrong answer")]
+    assert cells[0]["graphs"]["mnv4_ops"]["speedup_vs_best_peer"] == 2.0
+    assert cells[0]["calls"]["mnv4_ops"]["best_peer"] == "eager"
+    assert cells[0]["memory_ratio"] == 0.25
+    env = {
+        "gpu": {"name": "NVIDIA H100"},
+        "date": "2026-11-24T00:00:00",
+        "commit": "abc",
+        "packages": {"torch": "2.11"},
+    }
+    document = gpu_report.document(env, {}, cells)
+    text = gpu_report.markdown(json.loads(json.dumps(document)))
+    assert "NVIDIA H100" in text
+    assert "2.00x" in text
+    assert "red: no speed" in text
+    assert "0.25x" in text
+    gpu_report.cell_table(cells[0])
+    assert any("left out" in note for note in gpu_report.cell_notes(cells[0]))
+    assert len(gpu_report.summary(cells)) == 3
+
+
+def test_plan() -> None:
+    plan = gpu_run.GpuPlan(["mobilenetv4_conv_small"], [1, 8], ["float16", "float32"], peers="eager_cl, compile_graph")
+    assert plan.chosen() == ("eager_cl", "compile_graph")
+    assert len(plan.cells()) == 4
+    with pytest.raises(BenchError, match="no peer 'openvino' on a GPU; known: all, none, cudnn_graph"):
+        gpu_run.GpuPlan([], [], [], peers="openvino").chosen()
+
+
+def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNV4_OPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_SHIPPED", tmp_path / "shipped")
+    name = "NVIDIA H100 80GB HBM3"
+    tuning.table.cache_clear()
+    assert tuning.table(name) == {}
+    assert tuning.describe(name)["own"] is None
+    (tmp_path / "shipped").mkdir()
+    shipped = {"format": 1, "entries": {"a": {"1x7x7": {"p": 1}, "8x7x7": {"p": 2}}}}
+    (tmp_path / "shipped" / "nvidia_h100_80gb_hbm3.json").write_text(json.dumps(shipped))
+    file = tuning.save(name, {"a": {"8x7x7": {"p": 3}}, "b": {"1x1x1": {"p": 4}}})
+    assert file == tmp_path / "tuned" / "nvidia_h100_80gb_hbm3.json"
+    want = {"a": {"1x7x7": {"p": 1}, "8x7x7": {"p": 3}}, "b": {"1x1x1": {"p": 4}}}
+    assert tuning.table(name) == want
+    tuning.save(name, {"b": {"2x1x1": {"p": 5}}})
+    assert tuning.table(name)["b"] == {"1x1x1": {"p": 4}, "2x1x1": {"p": 5}}
+    assert tuning.describe(name) == {"shipped": 2, "own": 3, "own_file": str(file)}
+    file.write_text("{ damaged")
+    tuning.table.cache_clear()
+    assert tuning.table(name) == shipped["entries"]
+    tuning.table.cache_clear()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNV4_OPS_CACHE", raising=False)
+    monkeypatch.setattr(tuning.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert tuning.cache_folder() == Path("/somewhere/mnv4_ops")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuning.cache_folder() == Path.home() / ".cache" / "mnv4_ops"
+
+
+def test_tune_keeps_what_the_kernels_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.setenv("MNV4_OPS_CACHE", str(tmp_path))
+    asked: list[Any] = []
+
+    class Kernels:
+        @staticmethod
+        def tune(jobs: Any, dtype: torch.dtype, batches: Any, *, tf32: bool, log: Any) -> dict[str, Any]:
+            asked.append((len(jobs), dtype, batches, tf32))
+            log("1 us")
+            return {f"{dtype} x": {f"{n}x1x1": {} for n in batches}}
+
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "kernels", lambda: Kernels)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA Test")
+    lines: list[str] = []
+    file, count = tuning.tune(["mobilenetv4_conv_small"], ["float16", "bfloat16"], [1, 8], log=lines.append)
+    assert count == 4
+    assert file.is_file()
+    assert lines == ["1 us"] * 2
+    jobs = tuning.jobs(["mobilenetv4_conv_small"])
+    assert asked == [(len(jobs), dtype, (1, 8), False) for dtype in (torch.float16, torch.bfloat16)]
+    assert "c_feat" in jobs[-1][0]
+    assert len({repr(job) for job in jobs}) == len(jobs)
+    tuning.table.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "spec",
+    [UIBSpec(16, 32, 16, 3, 5, residual=True, layer_scale=True), ConvSpec(3, 8, 3, 2), HeadSpec(8, 16, 24, 10)],
+    ids=str,
+)
+def test_the_suite_of_the_gpu(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = check.Case("test", spec, 2, 9, 7, True)
+    with standin.serving_cpu(monkeypatch):
+        results = check_gpu.run_case(case, check_gpu.DTYPES, torch.device("cpu"))
+        assert [r.case.spec.dtype for r in results] == list(check_gpu.DTYPES)
+        assert all(r.ok for r in results), results
+        write = standin._Runner._write
+        monkeypatch.setattr(standin._Runner, "_write", lambda self, x, y, *a: write(self, x, y * 1.05, *a))
+        assert not any(r.ok for r in check_gpu.run_case(case, check_gpu.DTYPES, torch.device("cpu")))
+
+
+def test_reasons_for_no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    unavailable = cuda.unavailable.__wrapped__
+    monkeypatch.setattr(_native, "core", object())
+    versions = {"triton": "3.6.0"}
+
+    def version(name: str) -> str:
+        if name in versions:
+            return versions[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert unavailable() == "GPU kernels need torch >= 2.10, this is 2.9.1"
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    versions["triton"] = "3.5.1"
+    assert unavailable() == "GPU kernels need triton >= 3.6, this is 3.5.1"
+    del versions["triton"]
+    assert unavailable() == "GPU kernels need triton >= 3.6, which is not installed"
+    versions["triton"] = "3.10.0"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "built without GPU support" in unavailable()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert unavailable() == "torch sees no GPU: no device, or no driver for it"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    assert unavailable() == "GPU kernels need compute capability 8.0, cuda:0 (Tesla T4) has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+    def broken() -> Any:
+        raise ImportError("no such thing")
+
+    monkeypatch.setattr(cuda, "kernels", broken)
+    assert unavailable() == "the GPU kernels could not be loaded: ImportError: no such thing"
