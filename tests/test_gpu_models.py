@@ -159,13 +159,13 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = on_gpu(build("mobilenetv4_conv_small_050")), image(1, 3, 64, 64)
     mnv4_ops.enable()
 
-    def reasons(x: Tensor) -> str:
+    def reasons(model: nn.Module, x: Tensor) -> str:
         with torch.no_grad():
             return str(mnv4_ops.explain(model, x))
 
-    assert "original" not in reasons(x).split("\n", 1)[1]
+    assert "original" not in reasons(model, x).split("\n", 1)[1]
     with torch.autocast("cuda", torch.bfloat16):
-        assert "autocast is enabled" in reasons(x)
+        assert "autocast is enabled" in reasons(copy.deepcopy(model).float(), x.float())
     monkeypatch.setenv("MNV4_OPS_STRICT", "1")
     with torch.no_grad():
         for wrong, words in (
