@@ -319,11 +319,16 @@ def traced(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any
             backend = BY_DEVICE.get(device.type)
             if backend is None or backend.unavailable() is not None or layout.dtype not in DTYPES[device.type]:
                 return None
+            code = rec.guard().check(self, torch.is_grad_enabled())
+            if code in (4, 5):
+                return None
             # an op raises where a block runs its original forward
-            backend.build(layout)
+            if code == 0:
+                # packed now and not by the first call, whose memory may come from the pool of a graph and has to go
+                cache.packed_for_tensors(layout, list(part.params), list(part.eps), backend)
+            else:
+                backend.build(layout)
         except (Unsupported, ValueError):
-            return None
-        if rec.guard().check(self, False) in (4, 5):
             return None
         paths = rec.tensor_paths(part.params)
         return part.op, paths, tuple(part.eps), part.args, rec.eval_paths(), layout.dtype, device

@@ -91,6 +91,52 @@ def test_reports() -> None:
     assert len(gpu_report.summary(cells)) == 3
 
 
+@needs_native
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_tiny_cell(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of `measure` but the GPU."""
+    pytest.importorskip("timm")
+    pytest.importorskip("skimage")
+    monkeypatch.setattr(gpu, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu_clock, "captured", lambda run: run)
+    monkeypatch.setattr(gpu_clock.interleave, "__kwdefaults__", {**gpu_clock.interleave.__kwdefaults__, "span": _wall})
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
+    peers = ("cudnn_graph", "eager", "eager_cl")
+    request = gpu.GpuRequest("mobilenetv4_conv_small", 2, "float16", 64, None, peers, "test", rounds=1, seconds=0.1)
+    events: list[Any] = []
+    with standin.serving_cpu(monkeypatch) as patch:
+        if wrong:
+            write = standin._Runner._write
+            patch.setattr(standin._Runner, "_write", lambda self, x, y, *a: write(self, x, y * 1.05, *a))
+        cell = gpu.measure(request, events.append)
+    assert events[0] == {"stage": "load"}
+    if wrong:
+        assert "wrong answer" in cell["red"]
+        assert not any("median_ms" in facts for facts in cell["graphs"].values())
+        return
+    assert cell["red"] is None
+    assert set(cell["graphs"]) == {"cudnn_graph", "mnv4_ops"}
+    assert set(cell["calls"]) == {"eager", "eager_cl", "mnv4_ops", "mnv4_ops_graphs"}
+    assert not cell["unavailable"]
+    assert cell["calls"]["mnv4_ops"]["speedup_vs_best_peer"] > 0
+    assert cell["graphs"]["mnv4_ops"]["best_peer"] == "cudnn_graph"
+    assert cell["served"]["fused"] == 18
+    assert not cell["served"]["original"]
+    assert cell["memory_ratio"] == 1.0
+    assert "conv_small 64" in str(gpu_report.tables([json.loads(json.dumps(cell))]))
+
+
+def _wall(run: Any, count: int) -> float:
+    import time
+
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def test_plan() -> None:
     plan = gpu_run.GpuPlan(["mobilenetv4_conv_small"], [1, 8], ["float16", "float32"], peers="eager_cl, compile_graph")
     assert plan.chosen() == ("eager_cl", "compile_graph")

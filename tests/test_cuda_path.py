@@ -377,3 +377,23 @@ def test_nothing_is_kept_of_a_dead_model() -> None:
         del model
         gc.collect()
         assert cache.stats()["blocks"] == before
+
+
+def test_a_compiled_model_is_packed_before_its_first_call() -> None:
+    """Inductor's graphs count what their pool holds after the first call."""
+    block, x = make(), image(HALF, 2, 16, 7, 6)
+    entries: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        entries.append(cache.stats()["raw_entries"])
+        return graph.forward
+
+    cache.drop()
+    torch.compiler.reset()
+    mnv4_ops.enable()
+    compiled = torch.compile(block, backend=backend)
+    with torch.no_grad():
+        compiled(x)
+    assert entries == [1]
+    assert cache.stats()["raw_entries"] == 1
+    torch.compiler.reset()

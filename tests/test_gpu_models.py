@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,6 +309,40 @@ def test_raw_ops_and_compiled_models() -> None:
                 got = getattr(torch.ops.mnv4, op)(x, given, eps, *args)
                 assert_2x(got, expected(op, x, given, eps, args), double, op)
             torch.library.opcheck(getattr(torch.ops.mnv4, op).default, (x, given, eps, *args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "mobilenetv4_conv_medium"])
+def test_first_call(name: str, tmp_path: Path) -> None:
+    """At most 60 s with an empty Triton cache, 2 s with a full one."""
+    side = standard_resolution(name.removeprefix("mobilenetv4_"))
+    code = f"""
+import time, timm, torch, mnv4_ops
+model = timm.create_model({name!r}).eval().cuda().half().to(memory_format=torch.channels_last)
+x = torch.randn(1, 3, {side}, {side}, device="cuda", dtype=torch.half)
+mnv4_ops.enable()
+with torch.inference_mode():
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(x)
+    torch.cuda.synchronize()
+    print("seconds", time.perf_counter() - start)
+    assert not mnv4_ops.explain(model, x).fallbacks
+"""
+    seconds = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "MNV4_OPS_STRICT": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout.split("seconds")[1]))
+    print(f"{name}: first call {seconds[0]:.1f} s cold, {seconds[1]:.2f} s warm")
+    assert seconds[0] <= 60
+    assert seconds[1] <= 2
 
 
 @pytest.mark.slow

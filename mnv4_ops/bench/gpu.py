@@ -55,6 +55,12 @@ class GpuRequest:
     seconds: float = 20.0
 
 
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _batch(request: GpuRequest, model: Any, side: int) -> tuple[Any, str]:
     """float32 images on the host, and what they are."""
     import torch
@@ -184,7 +190,7 @@ def measure(request: GpuRequest, notify: Notify) -> dict[str, Any]:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     notify({"stage": "load"})
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = _device()
     model = inputs.load_model(request.model, pretrained=not request.weights_note)
     side = inputs.resolution_of(request.model, request.resolution)
     images, source = _batch(request, model, side)
