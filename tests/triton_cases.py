@@ -19,7 +19,9 @@ from mnv4_ops.reference import functional as R
 STAGES = ("start", "expand", "mid", "project")
 
 
-def layer(c_out: int, per_group: int, kernel: int, dtype: torch.dtype, *, bn: bool = True, bias: bool = False) -> R.ConvBN:
+def layer(
+    c_out: int, per_group: int, kernel: int, dtype: torch.dtype, *, bn: bool = True, bias: bool = False
+) -> R.ConvBN:
     weight = (torch.randn(c_out, per_group, kernel, kernel) / (per_group * kernel * kernel) ** 0.5).to(dtype)
     norm = None
     if bn:
@@ -125,7 +127,9 @@ def judge(out: Tensor, plain: Tensor, truth: Tensor) -> tuple[float, float]:
     return worst, rms
 
 
-def run_case(case: Case, n: int, h: int, w: int, layout: str = "channels_last", block: Any = None) -> tuple[float, float]:
+def run_case(
+    case: Case, n: int, h: int, w: int, layout: str = "channels_last", block: Any = None
+) -> tuple[float, float]:
     block = block or case.build()
     x = torch.randn(n, case.desc["c_in"], h, w, device=case.device).to(case.dtype)
     if layout == "channels_last":
@@ -134,6 +138,9 @@ def run_case(case: Case, n: int, h: int, w: int, layout: str = "channels_last", 
         x = torch.randn(n, case.desc["c_in"] + 1, h, w + 2, device=case.device).to(case.dtype)[:, 1:, :, 1:-1]
     out = output(block, n, h, w, case.dtype, case.device)
     block.run(x, out)
+    again = output(block, n, h, w, case.dtype, case.device)
+    block.run(x, again)
+    assert torch.equal(out, again), "two runs differ"
     return judge(out, case.reference(x, case.dtype), case.reference(x, torch.float64))
 
 

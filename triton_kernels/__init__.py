@@ -24,5 +24,5 @@ def __getattr__(name: str) -> Any:
     if name in ("Block", "Head"):
         return getattr(importlib.import_module(".block", __name__), name)
     if name == "tune":
-        return importlib.import_module(".tune", __name__)
+        return importlib.import_module(".tuner", __name__).tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

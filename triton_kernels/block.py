@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import config
 from .build import Build, build_op, build_pool
 from .config import Config
-from .launch import Launch, OutOfResources, current_stream, interpreted
+from .launch import Launch, OutOfResources, current_device, current_stream, interpreted
 from .plan import Op, Packed, chain, fused, round_up
 
 ACTS = ("none", "relu", "relu6", "gelu")
@@ -32,9 +33,19 @@ def _positive(owner: str, name: str, value: int, low: int = 1) -> None:
 class Plan:
     """The launches of one call for one input geometry, and the bytes of scratch that they share."""
 
-    def __init__(self, launches: list[Launch], scratch: int) -> None:
-        self.launches, self.scratch = launches, scratch
+    def __init__(self, launches: list[Launch], scratch: int, choice: Config) -> None:
+        self.launches, self.scratch, self.choice = launches, scratch, choice
         self.ready = False
+
+    def smaller(self, failed: int) -> Config:
+        """The choice with the next smaller tile for the launch that did not fit; OutOfResources where there is none."""
+        ops = list(self.choice["ops"])
+        at = failed % len(ops)
+        tile = config.shrink(ops[at])
+        if tile is None:
+            raise OutOfResources(0, 0, f"the smallest tile of {ops[at]}")
+        ops[at] = tile
+        return {**self.choice, "ops": ops}
 
 
 class _Runner:
@@ -103,37 +114,46 @@ class _Runner:
             return
         key = (n, h, w, allow_tf32, strides)
         plan = self._plans.get(key)
+        if plan is not None and plan.ready:
+            self._start(plan, x, out)
+            return
         if plan is None:
-            plan = self._plan(n, h, w, allow_tf32, strides)
-            self._plans[key] = plan
-            if len(self._plans) > PLANS:
-                self._plans.popitem(last=False)
-        self._start(plan, x, out)
+            plan = self.plan(n, h, w, self.choose(n, h, w, allow_tf32), allow_tf32, strides)
+        while (failed := self._start(plan, x, out)) is not None:
+            plan = self.plan(n, h, w, plan.smaller(failed), allow_tf32, strides)
+        self._plans[key] = plan
+        if len(self._plans) > PLANS:
+            self._plans.popitem(last=False)
 
-    def _start(self, plan: Plan, x: Tensor, out: Tensor) -> None:
+    def _start(self, plan: Plan, x: Tensor, out: Tensor) -> int | None:
+        """Runs a plan; the index of the launch that the device has no room for, if there is one."""
         scratch = torch.empty(plan.scratch, dtype=torch.uint8, device=x.device) if plan.scratch else out
-        if not x.is_cuda:
-            self._launch(plan, x, out, scratch)
-        elif x.device.index == torch.cuda.current_device():
-            self._launch(plan, x, out, scratch)
-        else:
-            with torch.cuda.device(x.device):
-                self._launch(plan, x, out, scratch)
+        if not x.is_cuda or x.device.index == current_device():
+            return self._launch(plan, x, out, scratch)
+        with torch.cuda.device(x.device):
+            return self._launch(plan, x, out, scratch)
 
     @staticmethod
-    def _launch(plan: Plan, x: Tensor, out: Tensor, scratch: Tensor) -> None:
+    def _launch(plan: Plan, x: Tensor, out: Tensor, scratch: Tensor) -> int | None:
         if plan.ready:
             base = {None: 0, "x": x.data_ptr(), "out": out.data_ptr(), "scratch": scratch.data_ptr()}
             stream = current_stream(x.device.index)
             for launch in plan.launches:
                 launch.again(base, stream)
-            return
+            return None
         tensors = {"x": x, "out": out, "scratch": scratch}
-        for launch in plan.launches:
-            launch.first(tensors)
+        for i, launch in enumerate(plan.launches):
+            try:
+                launch.first(tensors)
+            except OutOfResources:
+                return i
         plan.ready = all(launch.ready for launch in plan.launches)
+        return None
 
-    def _plan(self, n: int, h: int, w: int, allow_tf32: bool, strides: Any) -> Plan:
+    def choose(self, n: int, h: int, w: int, allow_tf32: bool = False) -> Config:
+        raise NotImplementedError
+
+    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: bool = False, strides: Any = None) -> Plan:
         raise NotImplementedError
 
     def _precision(self, allow_tf32: bool) -> str:
@@ -268,15 +288,16 @@ class Block(_Runner):
             h, w = op.out_hw(h, w)
         return {"fused": is_fused, "chunk": 0, "ops": configs}
 
-    def _plan(self, n: int, h: int, w: int, allow_tf32: bool, strides: Any) -> Plan:
-        return self.plan(n, h, w, self.choose(n, h, w, allow_tf32), allow_tf32, strides)
-
     def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: bool = False, strides: Any = None) -> Plan:
         """The launches for a given configuration."""
         ops = self.fused_ops if choice["fused"] else self.ops
         assert ops is not None
-        step = choice.get("chunk") or n
         item = self.dtype.itemsize
+        step = choice.get("chunk") or n
+        per_image = [math.prod(shape) * item for shape in ((self.native["c_in"], h, w), self.output_shape(1, h, w))]
+        if any(step * b % 16 for b in per_image):
+            # chunks must start at addresses that 16-byte loads can take
+            step = n
         shapes = [(h, w)]
         for op in ops:
             shapes.append(op.out_hw(*shapes[-1]))
@@ -307,7 +328,7 @@ class Block(_Runner):
                 )  # fmt: skip
                 source = target
             scratch = max(scratch, _link(built, tail, launches))
-        return Plan(launches, scratch)
+        return Plan(launches, scratch, choice)
 
 
 def _link(built: list[Build], tail: int, launches: list[Launch]) -> int:
@@ -320,8 +341,7 @@ def _link(built: list[Build], tail: int, launches: list[Launch]) -> int:
     for b in built:
         partial, counters = end, end + round_up(b.partial_bytes, 256)
         offsets.append((partial, counters))
-        if b.split > 1:
-            end = counters + round_up(4 * b.zero, 256)
+        end = counters + round_up(4 * b.zero, 256)
     for i, b in enumerate(built):
         following = built[i + 1] if i + 1 < len(built) else None
         zero = following.zero if following is not None and following.split > 1 else 0
@@ -401,9 +421,6 @@ class Head(_Runner):
         }  # fmt: skip
         return {"fused": False, "chunk": 0, "ops": [pool, *(self._formula(op, n, 1, 1, exact) for op in self.ops)]}
 
-    def _plan(self, n: int, h: int, w: int, allow_tf32: bool, strides: Any) -> Plan:
-        return self.plan(n, h, w, self.choose(n, h, w, allow_tf32), allow_tf32)
-
     def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: bool = False, strides: Any = None) -> Plan:
         """The launches for a given configuration."""
         item = self.dtype.itemsize
@@ -427,7 +444,7 @@ class Head(_Runner):
                 )
             )  # fmt: skip
         launches: list[Launch] = []
-        return Plan(launches, _link(built, tail, launches))
+        return Plan(launches, _link(built, tail, launches), choice)
 
 
 __all__ = ["Block", "Head", "OutOfResources", "interpreted"]

@@ -31,10 +31,12 @@ class Build:
         dummy: Any,
         split: int = 1,
         tile: int = 0,
+        strip: tuple[int, Any] = (0, None),
     ) -> None:
         self.kernel, self.grid, self.addresses, self.scalars = kernel, grid, addresses, scalars
         self.constants, self.options, self.dummy = constants, options, dummy
         self.split, self._tile = split, tile
+        self._strip_bytes, self._strip_dtype = strip
         if split > 1 and self.tiles > MAX_COUNTERS:
             self.unsplit()
 
@@ -44,6 +46,8 @@ class Build:
 
     @property
     def partial_bytes(self) -> int:
+        if self._strip_bytes:
+            return self.tiles * self._strip_bytes
         return self.tiles * self.split * self._tile * 4 if self.split > 1 else 0
 
     @property
@@ -61,6 +65,8 @@ class Build:
 
         split = self.split > 1
         partial = ("scratch", places[0], torch.float32) if split else self.dummy
+        if self._strip_bytes:
+            partial = ("scratch", places[0], self._strip_dtype)
         counters = ("scratch", places[1], torch.int32) if split else self.dummy
         following = ("scratch", next_counters, torch.int32) if next_counters is not None else self.dummy
         if "ZERO" in self.constants:
@@ -81,7 +87,10 @@ def _pad(size: int, kernel: int, stride: int, padding: str) -> int:
 
 
 def _options(cfg: Config) -> dict[str, int]:
-    return {"num_warps": cfg["warps"], "num_stages": max(cfg.get("stages", 1), 1)}
+    options = {"num_warps": cfg["warps"], "num_stages": max(cfg.get("stages", 1), 1)}
+    if cfg.get("regs"):
+        options["maxnreg"] = cfg["regs"]
+    return options
 
 
 def build_op(
@@ -128,30 +137,33 @@ def build_op(
         )  # fmt: skip
     first = packed[stages[0]]
     t = taps.taps if taps else first.affine
+    # the depthwise result of one program, all channels
+    strip = (rows * block_j * taps.cp * first.dtype.itemsize, first.dtype) if taps else (0, None)
+    resident = {"ROWS": rows, "BLOCK_J": block_j, "BLOCK_D": min(64, next_pow2(max(op.c_in, 16))), "BLOCK_K": cfg["k"]}
     dw = {"KERNEL": kernel, "STRIDE": stride, "DW_ACT": op.dw_act}
     if op.kind == "ffn":
         last = packed[stages[1]]
         constants = {
             **depth, "M": op.c_mid, "MP": first.np, "N": op.c_out, "NP": last.np, **dw, "MID_ACT": op.mid_act,
-            "ACT": op.act, "RESIDUAL": op.residual, **place, "BLOCK_M": cfg["m"],
+            "ACT": op.act, "RESIDUAL": op.residual, **resident, "BLOCK_M": cfg["m"],
             "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "PRECISION": precision, "STAGES": cfg["stages"],
         }  # fmt: skip
         return Build(
             ffn_kernel, (tiles, 1, 1),
-            lambda p, c, z: [x, t, first.w, first.affine, last.w, last.affine, out],
-            scalars, constants, _options(cfg), first.affine,
+            lambda p, c, z: [x, t, first.w, first.affine, last.w, last.affine, out, p if taps else x],
+            scalars, constants, _options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     if cfg["path"] == "expand":
         if op.residual:
             raise ValueError("expand: expected an operation without residual")
         constants = {
-            **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, **place, "BLOCK_N": cfg["n"],
+            **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, **resident, "BLOCK_N": cfg["n"],
             "N_PROGRAM": cfg["n_program"], "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
         }  # fmt: skip
         return Build(
             expand_kernel, (tiles, -(-op.c_out // cfg["n_program"]), 1),
-            lambda p, c, z: [x, t, first.w, first.affine, out, z],
-            scalars, constants, _options(cfg), first.affine,
+            lambda p, c, z: [x, t, first.w, first.affine, out, p if taps else x, z],
+            scalars, constants, _options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     block_n = cfg["n0"] + cfg["n1"]
     steps = -(-op.c_in // cfg["k"])

@@ -35,8 +35,7 @@ def depthwise_tile(
     x,
     taps,
     o_n,  # [BLOCK_J] int64, elements before the image of each column
-    o_x,  # [BLOCK_J] first input column of the window
-    m_j,  # [BLOCK_J]
+    o_x,  # [BLOCK_J] first input column of the window, far outside for no column
     i_y,  # first input row of the window of the first output row
     i_c,
     H,
@@ -63,15 +62,15 @@ def depthwise_tile(
     for _r in tl.static_range(ROWS):
         b_rows = b_rows + (tl.zeros([o_x.shape[0], BLOCK_K], dtype=tl.float32) + b_shift[None, :],)
     for kx in tl.static_range(KERNEL):
-        m_x = m_j & (o_x + kx >= 0) & (o_x + kx < W)
-        m_xc = m_x[:, None]
-        if C % BLOCK_K != 0:
-            m_xc = m_xc & (o_c < C)[None, :]
+        o_xx = (o_x + kx).to(tl.uint32)[:, None]
         b_w = ()
         for ky in tl.static_range(KERNEL):
             b_w = b_w + (tl.load(p_w + (ky * KERNEL + kx) * CP)[None, :],)  # [1, BLOCK_K]
         for iy in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
-            m = m_xc & (i_y + iy >= 0) & (i_y + iy < H)
+            # one unsigned comparison for column and row; columns beyond J are far outside
+            m = o_xx < tl.where((i_y + iy >= 0) & (i_y + iy < H), W, 0).to(tl.uint32)
+            if C % BLOCK_K != 0:
+                m = m & (o_c < C)[None, :]
             p_row = p_x + (((i_y + iy) * W).to(tl.int64) * C + kx * C)
             b_x = tl.load(p_row, mask=m, other=0.0).to(tl.float32)
             b_next = ()
@@ -99,10 +98,10 @@ def depthwise_tile(
 
 @triton.jit
 def tile_columns(i_j, J, H, W, WO, PAD_X, C: tl.constexpr, STRIDE: tl.constexpr, BLOCK_J: tl.constexpr):
-    """(o_n, o_x, m_j) of a depthwise tile, see `depthwise_tile`."""
+    """(o_n, o_x) of a depthwise tile, see `depthwise_tile`."""
     o_j = i_j * BLOCK_J + tl.arange(0, BLOCK_J)
     o_n = (o_j // WO).to(tl.int64) * H * W * C
-    return o_n, (o_j % WO) * STRIDE - PAD_X, o_j < J
+    return o_n, tl.where(o_j < J, (o_j % WO) * STRIDE - PAD_X, -(1 << 24))
 
 
 @triton.jit

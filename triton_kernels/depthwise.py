@@ -38,10 +38,10 @@ def depthwise_kernel(
     clear_counters(counters_next, i_t + i_k, ZERO)
     n_g = (HO + ROWS - 1) // ROWS
     i_j, i_g = i_t // n_g, i_t % n_g
-    o_img, o_x, m_j = tile_columns(i_j, J, H, W, WO, PAD_X, C, STRIDE, BLOCK_J)
+    o_img, o_x = tile_columns(i_j, J, H, W, WO, PAD_X, C, STRIDE, BLOCK_J)
     o_p, m_p = tile_pixels(i_j, i_g, J, HO, WO, ROWS, BLOCK_J)
     b_y = depthwise_tile(
-        x, taps, o_img, o_x, m_j, i_g * ROWS * STRIDE - PAD_Y, i_k, H, W,
+        x, taps, o_img, o_x, i_g * ROWS * STRIDE - PAD_Y, i_k, H, W,
         C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, ACT, tl.float32,
     )  # fmt: skip
     o_c = i_k + tl.arange(0, BLOCK_K)

@@ -1,7 +1,8 @@
 """[depthwise ->] 1x1 expansion and [depthwise ->] expansion -> projection (FFN, ConvNext), the input tile on chip.
 
-A program makes the [BLOCK_P, C] input tile once (all channels; a depthwise convolution in front is computed once) and
-walks over the expanded channels. The FFN kernel feeds each piece of the expanded activation to the projection at once,
+A program makes the [BLOCK_P, C] input tile once (all channels) and walks over the expanded channels. A depthwise
+convolution in front is computed once, in a loop that passes its result through a strip of L2 of the program's own
+(unrolled over the channels instead, it took half a minute to compile). The FFN kernel feeds each piece of the expanded activation to the projection at once,
 so that it never leaves the chip.
 """
 
@@ -18,6 +19,7 @@ from .pointwise import RUNTIME
 def _input_tiles(
     x,
     taps,
+    strip,  # [BLOCK_P, CP] of this program
     i_t,
     J,
     H,
@@ -33,6 +35,7 @@ def _input_tiles(
     DW_ACT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -41,14 +44,19 @@ def _input_tiles(
     if KERNEL > 0:
         n_g = (HO + ROWS - 1) // ROWS
         i_j, i_g = i_t // n_g, i_t % n_g
-        o_img, o_x, m_j = tile_columns(i_j, J, H, W, WO, PAD_X, C, STRIDE, BLOCK_J)
+        o_img, o_x = tile_columns(i_j, J, H, W, WO, PAD_X, C, STRIDE, BLOCK_J)
         o_p, m_p = tile_pixels(i_j, i_g, J, HO, WO, ROWS, BLOCK_J)
         i_y = i_g * ROWS * STRIDE - PAD_Y
-        for i_k in tl.static_range(0, C, BLOCK_K):
+        o_s = tl.arange(0, ROWS * BLOCK_J)[:, None] * CP
+        for i_d in tl.range(0, C, BLOCK_D, num_stages=1):
             b_x = depthwise_tile(
-                x, taps, o_img, o_x, m_j, i_y, i_k, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, DW_ACT, DTYPE
+                x, taps, o_img, o_x, i_y, i_d, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_D, DW_ACT, DTYPE
             )
-            b_tiles = b_tiles + (b_x,)
+            tl.store(strip + o_s + (i_d + tl.arange(0, BLOCK_D))[None, :], b_x)
+        tl.debug_barrier()
+        for i_k in tl.static_range(0, C, BLOCK_K):
+            # zeros beyond C: so are the taps and shifts there
+            b_tiles = b_tiles + (tl.load(strip + o_s + (i_k + tl.arange(0, BLOCK_K))[None, :]),)
     else:
         o_p = i_t.to(tl.int64) * (ROWS * BLOCK_J) + tl.arange(0, ROWS * BLOCK_J)
         m_p = o_p < J
@@ -68,6 +76,7 @@ def expand_kernel(
     w,
     affine,
     out,
+    strips,
     counters_next,
     J,
     H,
@@ -86,6 +95,7 @@ def expand_kernel(
     ACT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     N_PROGRAM: tl.constexpr,  # output channels of one program
@@ -97,8 +107,9 @@ def expand_kernel(
     i_t, i_nb = tl.program_id(0), tl.program_id(1)
     clear_counters(counters_next, i_t + i_nb, ZERO)
     o_p, m_p, b_tiles = _input_tiles(
-        x, taps, i_t, J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_K, DTYPE
-    )
+        x, taps, strips + (i_nb.to(tl.int64) * tl.num_programs(0) + i_t) * (ROWS * BLOCK_J * CP), i_t,
+        J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_D, BLOCK_K, DTYPE,
+    )  # fmt: skip
     p_w = w + tl.arange(0, BLOCK_K)[:, None] * NP + tl.arange(0, BLOCK_N)[None, :]
     for i_n in tl.range(i_nb * N_PROGRAM, min((i_nb + 1) * N_PROGRAM, N), BLOCK_N, num_stages=STAGES):
         b_acc = tl.zeros([ROWS * BLOCK_J, BLOCK_N], dtype=tl.float32)
@@ -117,6 +128,7 @@ def ffn_kernel(
     w_project,
     affine_project,
     out,
+    strips,
     J,
     H,
     W,
@@ -138,6 +150,7 @@ def ffn_kernel(
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N0: tl.constexpr,
@@ -149,8 +162,9 @@ def ffn_kernel(
     DTYPE: tl.constexpr = w_expand.dtype.element_ty
     i_t = tl.program_id(0)
     o_p, m_p, b_tiles = _input_tiles(
-        x, taps, i_t, J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_K, DTYPE
-    )
+        x, taps, strips + i_t.to(tl.int64) * (BLOCK_P * CP), i_t,
+        J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_D, BLOCK_K, DTYPE,
+    )  # fmt: skip
     b_acc0 = tl.zeros([BLOCK_P, BLOCK_N0], dtype=tl.float32)
     if BLOCK_N1 > 0:
         b_acc1 = tl.zeros([BLOCK_P, BLOCK_N1], dtype=tl.float32)

@@ -16,7 +16,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["Arg", "Launch", "OutOfResources", "current_stream", "interpreted"]
+__all__ = ["Arg", "Launch", "OutOfResources", "current_device", "current_stream", "interpreted"]
 
 # (name of a tensor of the call, offset in bytes, dtype), or a tensor that lives as long as the plan
 Arg = "Tensor | tuple[str, int, torch.dtype]"
@@ -30,6 +30,11 @@ def interpreted() -> bool:
 def current_stream(device: int) -> int:
     """Handle of torch's current stream on a device."""
     return int(driver.active.get_current_stream(device))
+
+
+def current_device() -> int:
+    """Index of torch's current device."""
+    return int(driver.active.get_current_device())
 
 
 class Launch:
@@ -53,9 +58,9 @@ class Launch:
         self._tail = (*scalars.values(), *constants.values())
         self._fast: Any = None
 
-    def compile(self, tensors: dict[str, Tensor]) -> Any:
-        """Compiles without launching (fills Triton's cache)."""
-        args = [self._view(tensors, a) for a in self._plain]
+    def compile(self) -> Any:
+        """Compiles without launching (fills Triton's cache); needs no tensors."""
+        args = [dtype for _, _, dtype in self._pointers]
         return self._kernel.warmup(*args, grid=self._grid, **self._scalars, **self._constants, **self._options)
 
     def first(self, tensors: dict[str, Tensor]) -> None:
@@ -74,11 +79,7 @@ class Launch:
         run, function, metadata = self._fast
         x, y, z = self._grid
         addresses = [base[name] + offset for name, offset, _ in self._pointers]
-        hooks = knobs.runtime
-        run(
-            x, y, z, stream, function, metadata, None, hooks.launch_enter_hook, hooks.launch_exit_hook,
-            *addresses, *self._tail,
-        )  # fmt: skip
+        run(x, y, z, stream, function, metadata, None, None, None, *addresses, *self._tail)
 
     @staticmethod
     def _view(tensors: dict[str, Tensor], address: Any) -> Tensor:

@@ -61,13 +61,13 @@ def pointwise_kernel(
     if KERNEL > 0:
         n_g = (HO + ROWS - 1) // ROWS
         i_j, i_g = i_t // n_g, i_t % n_g
-        o_img, o_x, m_j = tile_columns(i_j, J, H, W, WO, PAD_X, C, STRIDE, BLOCK_J)
+        o_img, o_x = tile_columns(i_j, J, H, W, WO, PAD_X, C, STRIDE, BLOCK_J)
         o_p, m_p = tile_pixels(i_j, i_g, J, HO, WO, ROWS, BLOCK_J)
         i_y = i_g * ROWS * STRIDE - PAD_Y
     else:
         o_p = i_t.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         m_p = o_p < J
-        o_img, o_x, m_j, i_y = o_p, o_p, m_p, 0
+        o_img, o_x, i_y = o_p, o_p, 0
 
     K_SPLIT: tl.constexpr = ((C + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
     i_k0 = i_s * K_SPLIT
@@ -84,7 +84,7 @@ def pointwise_kernel(
             b_w1 = tl.load(p_w + i_k * NP + BLOCK_N0 + tl.arange(0, BLOCK_N1)[None, :])
         if KERNEL > 0:
             b_x = depthwise_tile(
-                x, taps, o_img, o_x, m_j, i_y, i_k, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, DW_ACT, DTYPE
+                x, taps, o_img, o_x, i_y, i_k, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, DW_ACT, DTYPE
             )  # [BLOCK_P, BLOCK_K]
         else:
             m_x = m_p[:, None]
@@ -110,6 +110,7 @@ def pointwise_kernel(
         tl.debug_barrier()
         i_before = tl.atomic_add(counters + i_tile, 1, sem="acq_rel", scope="gpu")
         if i_before == SPLIT - 1:
+            tl.store(counters + i_tile, 0)
             p_part = partial + i_tile.to(tl.int64) * SPLIT * BLOCK_P * BLOCK_N
             b_sum0 = tl.zeros([BLOCK_P, BLOCK_N0], dtype=tl.float32)
             for s in range(SPLIT):

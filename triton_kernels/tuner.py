@@ -1,0 +1,410 @@
+"""Measured tiles: candidates for each operation, compiled in parallel, timed by CUDA-graph replay.
+
+`tune` is what makes the shipped tables and what `mnv4-ops tune` runs. Operations are timed one by one, then the best
+of fused and separate, and of a few batch chunks, is taken for the block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnv4_ops.spec import pad_before_after
+
+from . import config
+from .block import Block, Head
+from .config import Config
+from .launch import Launch, current_stream
+from .plan import Op, Packed, round_up
+
+# (keywords of Block or Head, height, width)
+Job = tuple[dict[str, Any], int, int]
+
+
+def _unique(items: Iterable[Config]) -> list[Config]:
+    seen: dict[str, Config] = {}
+    for item in items:
+        seen.setdefault(repr(sorted(item.items())), item)
+    return list(seen.values())
+
+
+def candidates(op: Op, n: int, h: int, w: int, dtype: torch.dtype, exact: bool, sms: int = 132) -> list[Config]:
+    """Tiles worth measuring for one operation, the formula's among them."""
+    ho, wo = op.out_hw(h, w)
+    pixels = n * ho * wo
+    first = config.formula(op, n, h, w, dtype.itemsize, exact, sms)
+    out: list[Config] = [first]
+    if exact:
+        if op.kind == "pointwise":
+            out += [{**first, "n0": 32}, {**first, "k": 16}, {**first, "j": first["j"] * 2, "warps": 8}]
+        if op.kind == "dense":
+            out += [{**first, "p": 64, "warps": 8}]
+        return _unique(out)
+    large = pixels >= sms * 48
+    rows = config.rows_for(ho, op.kernel)
+    if op.kind == "depthwise":
+        for r, j, k in itertools.product((rows, 2), (8, 16), (32, 64)):
+            out.append({"path": "depthwise", "rows": r, "j": j, "k": k, "warps": 4})
+    elif op.kind == "dense":
+        for p, warps, stages in ((64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2)) if large else (
+            (32, 4, 3), (64, 4, 3), (128, 4, 3),
+        ):  # fmt: skip
+            out.append({**first, "p": p, "warps": warps, "stages": stages})
+            if not large and not op.c_mid:
+                out.append({**first, "p": p, "warps": warps, "stages": stages, "m0": 32, "m1": 0})
+    elif op.kind == "ffn":
+        for p, m, warps, stages in ((64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 8, 2)):
+            out.append({**first, "rows": rows, "j": p // rows, "m": m, "warps": warps, "stages": stages})
+    else:
+        out += _pointwise(op, rows, pixels, first, large, sms)
+    return _unique(out)
+
+
+def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: int) -> list[Config]:
+    out: list[Config] = []
+    n0, n1 = config.pieces(op.c_out)
+    k = config.piece_k(op.c_in)
+    full = (n0, n1) if n0 + n1 <= 256 else (256, 0)
+    base = {"path": "pointwise", "split": 1, "stages": 1 if op.kernel else 3, "rows": rows}
+    if large and op.kernel:
+        # a thread does best with 8 channels of one column: j * k = 256 * warps
+        tiles = [(64, k, 4, full), (64, 32, 4, full), (128, 64, 8, full)]
+        if round_up(op.c_in, 128) <= op.c_in * 9 // 8:
+            tiles.append((64, 128, 8, full))
+        if op.c_out >= 256:
+            tiles.append((64, 64, 8, full))
+        if op.c_in <= 64:
+            tiles.append((128, k, 4, full))
+        for p, kk, warps, (a, b) in tiles:
+            out.append({**base, "j": p // rows, "k": kk, "n0": a, "n1": b, "warps": warps})
+    elif large:
+        for p, (a, b), warps, stages in (
+            (64, full, 4, 3), (128, full, 8, 3), (128, (64, 0), 4, 4), (128, (128, 0), 4, 3), (128, (128, 0), 8, 3),
+        ):  # fmt: skip
+            out.append({**base, "j": p, "k": k, "n0": a, "n1": b, "warps": warps, "stages": stages})
+    if large and op.c_out > op.c_in and not op.residual and -(-op.c_in // k) <= config.MAX_PIECES:
+        for p, n, warps, stages in ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 1), (128, 128, 8, 2), (128, 64, 8, 1)):
+            out.append({
+                "path": "expand", "rows": rows, "j": p // rows, "k": k, "n": n,
+                "n_program": round_up(op.c_out, n), "warps": warps, "stages": stages,
+            })  # fmt: skip
+    if large:
+        return out
+    if op.kernel:
+        tiles = [(64, 32, k), (64, 64, k), (32, 32, k)]
+        if pixels > sms * 2:
+            tiles.append((64, 128, k))
+        if k == 16:
+            tiles.append((64, 64, 32))
+    else:
+        tiles = [(16, 32, k), (16, 64, k), (32, 32, k), (64, 32, k), (64, 64, k)]
+        if op.c_in >= 256:
+            tiles.append((16, 32, 128))
+    for p, n, kk in tiles:
+        if n > max(32, config.next_pow2(op.c_out)) or p > max(16, config.next_pow2(pixels)) * (2 if op.kernel else 1):
+            continue
+        r = min(rows, 2) if op.kernel and p == 32 else rows
+        programs = -(-pixels // p) * -(-op.c_out // n)
+        steps = -(-op.c_in // kk)
+        best = max(1, min(8, steps // 2, 2 * sms // max(programs, 1)))
+        for split in {1, best} if n <= 64 or best > 1 else {1}:
+            out.append({**base, "rows": r, "j": p // r, "k": kk, "n0": n, "n1": 0, "split": split, "warps": 4})
+    return out
+
+
+def _choices(runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int) -> list[tuple[bool, list[list[Config]]]]:
+    """(fused, candidates of each operation) for the variants of a block."""
+    variants: list[tuple[bool, tuple[Op, ...]]] = [(False, runner.ops)]
+    head: list[list[Config]] = []
+    if isinstance(runner, Head):
+        pool = runner.choose(n, h, w)["ops"][0]
+        head = [_unique([pool, *({**pool, "n": c, "k": k} for c in (32, 64, 128) for k in (64, 128))])]
+        h = w = 1
+    elif runner.fused_ops is not None and not exact:
+        last = runner.fused_ops[-1]
+        pieces = -(-last.c_in // config.piece_k(last.c_in))
+        ho, wo = runner.output_shape(n, h, w)[2:]
+        if last.kind == "dense" and last.c_mid <= 256 and last.c_out <= 256:
+            variants.append((True, runner.fused_ops))
+        if last.kind == "ffn" and pieces <= 4 + 4 * (last.c_in < 256) and last.c_out <= 256 and n * ho * wo >= sms * 32:
+            variants.append((True, runner.fused_ops))
+    out = []
+    for is_fused, ops in variants:
+        lists, hh, ww = list(head), h, w
+        for op in ops:
+            lists.append(candidates(op, n, hh, ww, runner.dtype, exact, sms))
+            hh, ww = op.out_hw(hh, ww)
+        out.append((is_fused, lists))
+    return out
+
+
+def make(desc: dict[str, Any], dtype: torch.dtype, device: Any) -> Block | Head:
+    """`Head` where the keywords are a head's, else `Block`."""
+    return (Head if "c_feat" in desc else Block)(dtype=dtype, device=device, **desc)
+
+
+def _one_by_one(variant: tuple[bool, list[list[Config]]]) -> Iterable[tuple[int, Config, Config]]:
+    """(index of the operation, its candidate, a choice that holds it and the first candidates of the others)."""
+    is_fused, lists = variant
+    for i, options in enumerate(lists):
+        for option in options:
+            ops = [option if j == i else other[0] for j, other in enumerate(lists)]
+            yield i, option, {"fused": is_fused, "chunk": 0, "ops": ops}
+
+
+# relative error in norm above which a candidate is wrong; tf32 is the loosest of the fp32 modes
+LIMITS = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 3e-3}
+
+_blocks: dict[str, Any] = {}
+
+
+def _compile(task: tuple[dict[str, Any], torch.dtype, int, int, int, Config, int, bool]) -> str:
+    """Worker: compiles one launch into Triton's cache. A candidate that does not compile is dropped when timed."""
+    desc, dtype, n, h, w, choice, index, tf32 = task
+    key = repr((desc, dtype))
+    if key not in _blocks:
+        _blocks[key] = make(desc, dtype, "cpu")
+    try:
+        _blocks[key].plan(n, h, w, choice, tf32).launches[index].compile()
+    except Exception as error:  # noqa: BLE001 - any failure only removes a candidate
+        return f"{choice['ops'][index]}: {type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def precompile(tasks: Sequence[Any], workers: int | None = None) -> list[str]:
+    """Fills Triton's cache from several processes; the failures in words."""
+    workers = workers or os.cpu_count() or 1
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return [message for message in pool.imap_unordered(_compile, tasks, chunksize=4) if message]
+
+
+def graph_time(start: Callable[[], None], repeats: int, replays: int = 3) -> float:
+    """Microseconds of one call: `repeats` calls in a CUDA graph, the median of a few replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        start()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            start()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / repeats)
+    return sorted(times)[len(times) // 2]
+
+
+def _repeats(pixels: int) -> int:
+    return max(3, min(30, (1 << 21) // max(pixels, 1)))
+
+
+def plain(runner: Block | Head, x: Tensor) -> Tensor:
+    """The block in fp32 by torch's own operations on the packed parameters: what a candidate must come near to."""
+
+    def matrix(y: Tensor, p: Packed, act: str, stride: int = 1, pad: tuple[int, ...] = ()) -> Tensor:
+        weight = p.w[: p.kernel**2 * p.c_in, : p.c_out].float()
+        weight = weight.reshape(p.kernel, p.kernel, p.c_in, p.c_out).permute(3, 2, 0, 1)
+        y = F.conv2d(F.pad(y, pad) if pad else y, weight, None, stride)
+        return _act(y * p.affine[0, : p.c_out].view(-1, 1, 1) + p.affine[1, : p.c_out].view(-1, 1, 1), act)
+
+    def depthwise(y: Tensor, p: Packed, act: str, stride: int, pad: tuple[int, ...]) -> Tensor:
+        k, c = p.kernel, p.c_out
+        weight = p.taps[: k * k, :c].t().reshape(c, 1, k, k)
+        return _act(F.conv2d(F.pad(y, pad), weight, p.taps[k * k, :c], stride, 0, 1, c), act)
+
+    y = x.float()
+    if isinstance(runner, Head):
+        if 0 in runner.packed:
+            y = matrix(y, runner.packed[0], runner.feat_act)
+        y = y.mean((2, 3), keepdim=True)
+    padding = "symmetric" if isinstance(runner, Head) else runner.native["padding"]
+    for op in runner.ops:
+        sides = [pad_before_after(size, op.kernel or 1, op.stride, padding) for size in (y.shape[3], y.shape[2])]
+        pad = (*sides[0], *sides[1])
+        stages = [runner.packed[s] for s in op.stages]
+        if stages[0].depthwise:
+            alone = op.kind == "depthwise"
+            y = depthwise(y, stages[0], op.act if alone else op.dw_act, op.stride, pad)
+            if not alone:
+                y = matrix(y, stages[1], op.act)
+        else:
+            y = matrix(y, stages[0], op.act, op.stride, pad if op.kind == "dense" else ())
+        if op.residual:
+            y = y + x.float()
+    return y.flatten(1) if isinstance(runner, Head) else y
+
+
+def _act(y: Tensor, act: str) -> Tensor:
+    return {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6, "gelu": F.gelu}[act](y)
+
+
+class _Timed:
+    """One block at one size: input, output, and plans that share scratch."""
+
+    def __init__(self, runner: Block | Head, n: int, h: int, w: int, tf32: bool) -> None:
+        self.runner, self.n, self.h, self.w, self.tf32 = runner, n, h, w, tf32
+        device = runner.device
+        c = runner.c_in if isinstance(runner, Head) else runner.native["c_in"]
+        self.x = torch.randn(n, h, w, c, device=device).to(runner.dtype).permute(0, 3, 1, 2)
+        shape = runner.output_shape(n, h, w)
+        self.out = torch.empty(
+            shape, dtype=runner.dtype, device=device,
+            memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format,
+        )  # fmt: skip
+        self.scratch = torch.zeros(1, dtype=torch.uint8, device=device)
+        # a few images from both ends
+        self.sample = sorted({*range(min(n, 3)), *range(max(n - 3, 0), n)})
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            self.want = plain(runner, self.x[self.sample])
+
+    def error(self) -> float:
+        """Of the sampled images of `out`, relative in norm."""
+        return float((self.out[self.sample].float() - self.want).norm() / self.want.norm())
+
+    def plan(self, choice: Config) -> list[Launch]:
+        plan = self.runner.plan(self.n, self.h, self.w, choice, self.tf32)
+        if plan.scratch > self.scratch.numel():
+            self.scratch = torch.zeros(plan.scratch, dtype=torch.uint8, device=self.x.device)
+        tensors = {"x": self.x, "out": self.out, "scratch": self.scratch}
+        self.out.fill_(float("nan"))
+        for launch in plan.launches:
+            launch.first(tensors)
+        error = self.error()
+        if not error < LIMITS[self.runner.dtype]:
+            raise RuntimeError(f"WRONG: relative error {error:.3g}")
+        return plan.launches
+
+    def time(self, launches: Sequence[Launch]) -> float:
+        base = {
+            None: 0, "x": self.x.data_ptr(), "out": self.out.data_ptr(), "scratch": self.scratch.data_ptr(),
+        }  # fmt: skip
+        device = self.x.device.index or 0
+
+        def start() -> None:
+            stream = current_stream(device)
+            for launch in launches:
+                launch.again(base, stream)
+
+        return graph_time(start, _repeats(self.n * self.h * self.w))
+
+
+def tune_block(
+    runner: Block | Head, n: int, h: int, w: int, *, tf32: bool = False, log: Callable[[str], None] = lambda _: None
+) -> tuple[Config, float]:
+    """(choice, microseconds) of a packed block for n images of h x w."""
+    exact = runner.dtype == torch.float32 and not tf32
+    sms = config.device_limits(runner.device.index or 0)[0]
+    timed = _Timed(runner, n, h, w, tf32)
+    found: list[tuple[float, Config]] = []
+    for variant in _choices(runner, n, h, w, exact, sms):
+        best: list[tuple[float, Config | None]] = [(math.inf, None)] * len(variant[1])
+        for i, option, choice in _one_by_one(variant):
+            try:
+                launches = timed.plan(choice)
+                micros = timed.time(launches[i : i + 1])
+            except Exception as error:  # noqa: BLE001 - what does not compile or fit is no candidate
+                log(f"    {option}: {str(error)[:80]}")
+                continue
+            log(f"    op {i} {micros:8.2f} us {option}")
+            if micros < best[i][0]:
+                best[i] = (micros, option)
+        if any(option is None for _, option in best):
+            continue
+        choice = {"fused": variant[0], "chunk": 0, "ops": [option for _, option in best]}
+        for chunk in _chunks(runner, n, h, w, choice):
+            whole = {**choice, "chunk": chunk}
+            micros = timed.time(timed.plan(whole))
+            log(f"  {'fused' if variant[0] else 'split'} chunk {chunk}: {micros:.2f} us {[round(t, 2) for t, _ in best]}")
+            found.append((micros, whole))
+    micros, choice = min(found, key=lambda item: item[0])
+    return choice, micros
+
+
+def _chunks(runner: Block | Head, n: int, h: int, w: int, choice: Config) -> list[int]:
+    """Images per pass: all, or as many as keep the activation between two kernels well inside L2."""
+    if isinstance(runner, Head) or len(choice["ops"]) < 2:
+        return [0]
+    hidden = max(op.c_out for op in runner.ops[:-1])
+    hh, ww = runner.ops[0].out_hw(h, w)
+    per_image = hidden * hh * ww * runner.dtype.itemsize
+    out = [0]
+    for budget in (32 << 20,):
+        chunk = 1 << max(int(math.log2(max(budget / per_image, 1))), 0)
+        if chunk * 2 <= n and chunk * hh * ww >= 4096 and chunk not in out:
+            out.append(chunk)
+    return out
+
+
+def tasks_for(jobs: Sequence[Job], dtype: torch.dtype, batches: Sequence[int], tf32: bool, sms: int) -> list[Any]:
+    """Everything that `tune` will launch, once each."""
+    exact = dtype == torch.float32 and not tf32
+    seen: dict[str, Any] = {}
+    for desc, h, w in jobs:
+        runner = make(desc, dtype, "cpu")
+        for n in batches:
+            for variant in _choices(runner, n, h, w, exact, sms):
+                for i, option, choice in _one_by_one(variant):
+                    ops = runner.fused_ops if variant[0] else runner.ops  # type: ignore[union-attr]
+                    at = i - isinstance(runner, Head)
+                    key = f"{ops[at].key if at >= 0 else runner.key} {option}"
+                    seen.setdefault(key, (desc, dtype, n, h, w, choice, i, tf32))
+    return list(seen.values())
+
+
+def fill_random(runner: Block | Head) -> None:
+    """Packs weights of unit gain, so that timing runs on ordinary numbers."""
+    for stage, p in runner.packed.items():
+        fan = (1 if p.depthwise else p.c_in) * p.kernel**2
+        shape = (p.c_out, 1 if p.depthwise else p.c_in, p.kernel, p.kernel)
+        weight = (torch.randn(shape, device=runner.device) * fan**-0.5).to(runner.dtype)
+        runner.pack(stage, weight)
+
+
+def tune(
+    jobs: Sequence[Job],
+    dtype: torch.dtype,
+    batches: Sequence[int] = config.BUCKETS,
+    *,
+    tf32: bool = False,
+    device: Any = "cuda",
+    log: Callable[[str], None] = print,
+    verbose: Callable[[str], None] = lambda _: None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Entries of a table: {"dtype block key": {"NxHxW": choice with "us"}} for every job and batch."""
+    device = torch.device(device, torch.cuda.current_device())
+    sms = config.device_limits(device.index)[0]
+    tasks = tasks_for(jobs, dtype, batches, tf32, sms)
+    begin = time.perf_counter()
+    for message in precompile(tasks, workers):
+        verbose(f"compile: {message}")
+    log(f"{len(tasks)} kernels compiled in {time.perf_counter() - begin:.0f} s")
+    name = str(dtype).removeprefix("torch.") + ("_tf32" if tf32 else "")
+    entries: dict[str, Any] = {}
+    for desc, h, w in jobs:
+        runner = make(desc, dtype, device)
+        fill_random(runner)
+        for n in batches:
+            verbose(f"{name} {runner.key} {n}x{h}x{w}")
+            choice, micros = tune_block(runner, n, h, w, tf32=tf32, log=verbose)
+            entries.setdefault(f"{name} {runner.key}", {})[f"{n}x{h}x{w}"] = {**choice, "us": round(micros, 2)}
+            log(f"{micros:9.2f} us  {name} {runner.key} {n}x{h}x{w}  {'fused' if choice['fused'] else ''}")
+    return entries
+
+
+__all__ = ["candidates", "graph_time", "precompile", "tune", "tune_block"]
