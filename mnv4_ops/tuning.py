@@ -7,6 +7,7 @@ are is a matter of `mnv4_ops.triton_kernels`. Entries of the user's table come b
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 
 FORMAT = 1
 CACHE_VARIABLE = "MNV4_OPS_CACHE"
-_SHIPPED = Path(__file__).parent / "triton_kernels" / "tuned"
 
 
 def cache_folder() -> Path:
@@ -39,8 +39,14 @@ def user_file(device: str) -> Path:
     return cache_folder() / "tuned" / f"{slug(device)}.json"
 
 
+def shipped_folder() -> Path:
+    file = importlib.import_module("mnv4_ops.triton_kernels").__file__
+    assert file is not None
+    return Path(file).parent / "tuned"
+
+
 def _shipped_file(device: str) -> Path:
-    return _SHIPPED / f"{slug(device)}.json"
+    return shipped_folder() / f"{slug(device)}.json"
 
 
 def _entries(file: Path) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def test_plan() -> None:
 
 def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MNV4_OPS_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "_SHIPPED", tmp_path / "shipped")
+    assert (tuning.shipped_folder() / "index.json").is_file()
+    monkeypatch.setattr(tuning, "shipped_folder", lambda: tmp_path / "shipped")
     name = "NVIDIA H100 80GB HBM3"
     tuning.table.cache_clear()
     assert tuning.table(name) == {}
