@@ -90,10 +90,11 @@ class Plan:
     c_in: int = 0
     dtype: torch.dtype | None = None  # of the weights
     device: torch.device | None = None
+    index: int = -2  # of the device, as Tensor.get_device() gives it
 
     def mismatch(self, x: Tensor) -> str | None:
         """Why this input does not go with the weights, or None."""
-        if x.dtype is self.dtype and x.device == self.device:
+        if x.dtype is self.dtype and x.get_device() == self.index:
             return None
         if x.device != self.device:
             return f"the input is on {x.device}, the weights are on {self.device}"
@@ -104,7 +105,9 @@ class Plan:
         """Notes where the weights are. Unsupported if parts differ."""
         layout = packed.layout
         if self.dtype is None:
+            assert layout.device is not None
             self.dtype, self.device = layout.dtype, layout.device
+            self.index = -1 if layout.device.type == "cpu" else layout.device.index or 0
         elif (layout.dtype, layout.device) != (self.dtype, self.device):
             raise Unsupported(
                 f"weights on {self.device} ({self.dtype}) and on {layout.device} ({layout.dtype}) in one model"

@@ -210,7 +210,7 @@ def block(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]
                 or plan.reason is not None
                 or plan.guard.check(self, grad)
                 or x.dtype is not plan.dtype
-                or x.device != plan.device
+                or x.get_device() != plan.index
             ):
                 plan, reason = _checked(self, x, name, describe, grad)
             if reason is None:

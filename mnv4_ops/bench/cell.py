@@ -42,7 +42,8 @@ def macs_of(model: str, resolution: int) -> int | None:
         return None
 
 
-def _strict_where_kernels_are_expected(model: str) -> None:
+def strict_where_kernels_are_expected(model: str) -> None:
+    """Makes an original forward an error for the convolution models."""
     # an original forward inside the measured run would be a silent lie; the attention of the hybrids has no kernel yet
     if inputs.ledger_name(model).startswith("conv_") and macs_of(model, 224) is not None:
         os.environ["MNV4_OPS_STRICT"] = "1"
@@ -60,7 +61,7 @@ def measure_cell(request: CellRequest, notify: Notify) -> dict[str, Any]:
     from mnv4_ops.bench import peers as registry
 
     torch.set_num_threads(request.threads)
-    _strict_where_kernels_are_expected(request.model)
+    strict_where_kernels_are_expected(request.model)
     notify({"stage": "load"})
     model = inputs.load_model(request.model, pretrained=not request.weights_note)
     side = inputs.resolution_of(request.model, request.resolution)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mnv4_ops.bench import cell as cpu_cell
 from mnv4_ops.bench import gpu_clock, inputs, timing
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.isolate import Notify
@@ -189,6 +190,7 @@ def measure(request: GpuRequest, notify: Notify) -> dict[str, Any]:
     from mnv4_ops.check_gpu import ieee
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    cpu_cell.strict_where_kernels_are_expected(request.model)
     notify({"stage": "load"})
     device = _device()
     model = inputs.load_model(request.model, pretrained=not request.weights_note)

@@ -40,8 +40,11 @@ def reason(x: Any, grad: bool) -> str | None:
     """Why this input, here and now, is not for a kernel; None if it is."""
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}, {NOT_PLAIN}"
-    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-    if not device:
+    if x.is_cpu:
+        device = "cpu"
+    elif x.is_cuda:
+        device = "cuda"
+    else:
         return f"the input is on {x.device}: no kernels for this device"
     if x.dtype not in DTYPES[device]:
         return f"the input is {name_of(x.dtype)}, kernels take {', '.join(map(name_of, DTYPES[device]))} on this device"
