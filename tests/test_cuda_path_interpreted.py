@@ -1,0 +1,60 @@
+"""A whole model through the real kernels, in Triton's interpreter, on tensors of the CPU: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mnv4_ops import _native
+
+pytest.importorskip("timm")
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
+
+CODE = """
+import copy, pytest, timm, torch
+import mnv4_ops, standin
+import mnv4_ops.triton_kernels as kernels
+from mnv4_ops.ops import cuda
+from mnv4_ops.reference import randomize_
+from rule import assert_2x
+
+model = randomize_(timm.create_model("mobilenetv4_conv_small_035", num_classes=7)).eval()
+with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode():
+    patch.setattr(cuda, "kernels", lambda: kernels)
+    for dtype, size in [(torch.float16, (2, 3, 32, 35)), (torch.float32, (1, 3, 33, 32))]:
+        model = model.to(dtype)
+        x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
+        plain, double = model(x), copy.deepcopy(model).double()(x.double())
+        with mnv4_ops.enable(cuda_graphs=True):
+            got = model(x)
+            assert mnv4_ops.explain(model, x).served
+        assert_2x(got, plain, double)
+print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_model() -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "MNV4_OPS_STRICT": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    # not in the checkout, whose bare source tree would be imported
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tempfile.gettempdir(),
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fine" in done.stdout
