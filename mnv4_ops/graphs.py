@@ -85,9 +85,13 @@ class _Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool: Any = None
         self.done = torch.cuda.Event()
         self.last: Any = None
+
+    def empty(self) -> None:
+        """No graph is left: a pool that nothing uses any more cannot be used again."""
+        self.pool = None
 
     def begin(self) -> Any:
         """The current stream, ordered behind the last use of the pool."""
@@ -110,6 +114,8 @@ class _Device:
                 program.run(x)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         # other threads may allocate meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             out = program.run(x)
@@ -194,6 +200,8 @@ class _Pool:
                 # the graph that goes makes room for the one that comes
                 while len(self.recordings) >= KEPT:
                     self.recordings.popitem(last=False)
+                if all(other.graph is None for other in self.recordings.values()):
+                    self.device.empty()
                 recording.x = torch.empty_like(x)
                 recording.x.copy_(x)
                 recording.graph, recording.out = self.device.capture(program, recording.x)

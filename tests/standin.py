@@ -138,6 +138,9 @@ class Device:
     def __init__(self, device: torch.device) -> None:
         self.captures = 0
 
+    def empty(self) -> None:
+        self.emptied = getattr(self, "emptied", 0) + 1
+
     def begin(self) -> Any:
         return None
 

@@ -97,6 +97,18 @@ def test_more_shapes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.count() == 3
 
 
+def test_again_after_all_graphs_were_dropped() -> None:
+    model, x = make(), image()
+    with torch.no_grad():
+        for _ in range(3):
+            mnv4_ops.enable(model, cuda_graphs=True)
+            got = model(x)
+            assert torch.equal(got, plain(model, x))
+            assert graphs.count() == 1
+            mnv4_ops.disable()
+            assert graphs.count() == 0
+
+
 def test_memory_comes_back() -> None:
     gc.collect()
     torch.cuda.synchronize()
