@@ -263,3 +263,33 @@ def test_reasons_for_no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda, "kernels", broken)
     assert unavailable() == "the GPU kernels could not be loaded: ImportError: no such thing"
+
+
+def test_info_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    from typer.testing import CliRunner
+
+    from mnv4_ops import _info
+    from mnv4_ops.cli import app
+
+    monkeypatch.setenv("MNV4_OPS_CACHE", str(tmp_path))
+    found = types.SimpleNamespace(
+        name="NVIDIA Test", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(cuda, "unavailable", lambda: "they are on holiday")
+    (gpu_facts,) = _info.gpus()
+    assert gpu_facts["capability"] == "9.0"
+    output = CliRunner().invoke(app, ["info"]).stdout
+    assert "NVIDIA Test" in output
+    assert "no table for this GPU" in output
+    assert "models on a GPU run their original forwards: they are on holiday" in output
+    tuning.save("NVIDIA Test", {"a": {"1x1x1": {}, "8x1x1": {}}})
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    output = CliRunner().invoke(app, ["info"]).stdout
+    assert "2 entries own" in output
+    assert "available: float16, bfloat16, float32" in output
+    tuning.table.cache_clear()

@@ -75,12 +75,12 @@ def test_changed_weights_are_seen() -> None:
     with torch.no_grad():
         before = model(x)
         graph = recordings()[0].graph
-        model.blocks[2][1].pw_exp.conv.weight.mul_(1.5)
+        model.blocks[2][1].pw_exp.conv.weight.mul_(2)
         after = model(x)
         assert not torch.equal(before, after)
         assert torch.equal(after, plain(model, x))
         assert recordings()[0].graph is graph
-        model.blocks[2][1].pw_exp.conv.weight.data.div_(1.5)
+        model.blocks[2][1].pw_exp.conv.weight.data.div_(2)
         mnv4_ops.repack(model)
         assert torch.equal(model(x), before)
 
@@ -178,11 +178,11 @@ def test_a_capture_of_the_callers(name: str) -> None:
             torch.testing.assert_close(out, want, rtol=1e-2, atol=1e-2)
     with torch.no_grad():
         # seen by the graph after the next call, or after repack
-        model.blocks[0][0].conv.weight.mul_(1.1)
+        model.conv_stem.weight.mul_(1.1)
         changed = plain(model, x)
         graph.replay()
         torch.testing.assert_close(out, changed, rtol=1e-2, atol=1e-2)
-        model.blocks[0][0].conv.weight.mul_(1.1)
+        model.conv_stem.weight.mul_(1.1)
         mnv4_ops.repack(model)
         graph.replay()
         torch.testing.assert_close(out, plain(model, x), rtol=1e-2, atol=1e-2)
