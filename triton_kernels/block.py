@@ -332,21 +332,25 @@ class Block(_Runner):
 
 
 def _link(built: list[Build], tail: int, launches: list[Launch]) -> int:
-    """Places partial sums and counters behind `tail`; each kernel zeroes the counters of the next. Returns the end."""
+    """Places partial sums, counters and strips behind `tail`; each kernel zeroes the next one's counters. The end."""
     end = tail
     for i, b in enumerate(built):
         if b.split > 1 and i == 0:
             b.unsplit()
     offsets = []
+    longest = 0
     for b in built:
-        partial, counters = end, end + round_up(b.partial_bytes, 256)
-        offsets.append((partial, counters))
+        counters = end + round_up(b.partial_bytes, 256)
+        offsets.append((end, counters))
         end = counters + round_up(4 * b.zero, 256)
+        longest = max(longest, round_up(b.strip_bytes, 256))
+    # all strips share one place behind everything else
+    offsets = [(partial, counters, end) for partial, counters in offsets]
     for i, b in enumerate(built):
         following = built[i + 1] if i + 1 < len(built) else None
         zero = following.zero if following is not None and following.split > 1 else 0
         launches.append(b.launch(offsets[i], offsets[i + 1][1] if zero else None, zero))
-    return end
+    return end + longest
 
 
 class Head(_Runner):

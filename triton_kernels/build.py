@@ -18,13 +18,13 @@ MAX_COUNTERS = 4096
 
 
 class Build:
-    """A kernel start that still lacks the places of partial sums and counters."""
+    """A kernel start that still lacks the places of partial sums, counters and strips."""
 
     def __init__(
         self,
         kernel: Any,
         grid: tuple[int, int, int],
-        addresses: Callable[[Any, Any, Any], list[Any]],
+        addresses: Callable[[Any, Any, Any, Any], list[Any]],
         scalars: dict[str, int],
         constants: dict[str, Any],
         options: dict[str, int],
@@ -45,9 +45,12 @@ class Build:
         return self.grid[0] * self.grid[1]
 
     @property
+    def strip_bytes(self) -> int:
+        """Of all programs."""
+        return self.tiles * self.split * self._strip_bytes
+
+    @property
     def partial_bytes(self) -> int:
-        if self._strip_bytes:
-            return self.tiles * self._strip_bytes
         return self.tiles * self.split * self._tile * 4 if self.split > 1 else 0
 
     @property
@@ -60,13 +63,12 @@ class Build:
         self.split = self.constants["SPLIT"] = 1
         self.grid = (*self.grid[:2], 1)
 
-    def launch(self, places: tuple[int, int], next_counters: int | None, zero: int) -> Launch:
+    def launch(self, places: tuple[int, int, int], next_counters: int | None, zero: int) -> Launch:
         import torch
 
         split = self.split > 1
         partial = ("scratch", places[0], torch.float32) if split else self.dummy
-        if self._strip_bytes:
-            partial = ("scratch", places[0], self._strip_dtype)
+        strips = ("scratch", places[2], self._strip_dtype) if self._strip_bytes else self.dummy
         counters = ("scratch", places[1], torch.int32) if split else self.dummy
         following = ("scratch", next_counters, torch.int32) if next_counters is not None else self.dummy
         if "ZERO" in self.constants:
@@ -74,7 +76,7 @@ class Build:
         elif zero:
             raise AssertionError("a kernel that cannot zero counters comes before a split one")
         return Launch(
-            self.kernel, self.grid, self.addresses(partial, counters, following),
+            self.kernel, self.grid, self.addresses(partial, counters, following, strips),
             self.scalars, self.constants, self.options,
         )  # fmt: skip
 
@@ -129,10 +131,11 @@ def build_op(
     if op.kind == "depthwise":
         assert taps is not None
         constants = {
-            **depth, "KERNEL": kernel, "STRIDE": stride, "ACT": op.act, "RESIDUAL": op.residual, **place, "ZERO": 0,
+            **depth, "KERNEL": kernel, "STRIDE": stride, "ACT": op.act, "RESIDUAL": op.residual, **place, "UNROLL": not cfg.get("loop"),
+            "ZERO": 0,
         }  # fmt: skip
         return Build(
-            depthwise_kernel, (tiles, -(-op.c_in // cfg["k"]), 1), lambda p, c, z: [x, taps.taps, residual, out, z],
+            depthwise_kernel, (tiles, -(-op.c_in // cfg["k"]), 1), lambda p, c, z, s: [x, taps.taps, residual, out, z],
             scalars, constants, _options(cfg), taps.taps,
         )  # fmt: skip
     first = packed[stages[0]]
@@ -146,11 +149,12 @@ def build_op(
         constants = {
             **depth, "M": op.c_mid, "MP": first.np, "N": op.c_out, "NP": last.np, **dw, "MID_ACT": op.mid_act,
             "ACT": op.act, "RESIDUAL": op.residual, **resident, "BLOCK_M": cfg["m"],
-            "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "PRECISION": precision, "STAGES": cfg["stages"],
+            "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "UNROLL": not cfg.get("loop"), "PRECISION": precision,
+            "STAGES": cfg["stages"],
         }  # fmt: skip
         return Build(
             ffn_kernel, (tiles, 1, 1),
-            lambda p, c, z: [x, t, first.w, first.affine, last.w, last.affine, out, p if taps else x],
+            lambda p, c, z, s: [x, t, first.w, first.affine, last.w, last.affine, out, s if taps else x],
             scalars, constants, _options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     if cfg["path"] == "expand":
@@ -158,26 +162,30 @@ def build_op(
             raise ValueError("expand: expected an operation without residual")
         constants = {
             **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, **resident, "BLOCK_N": cfg["n"],
-            "N_PROGRAM": cfg["n_program"], "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
+            "N_PROGRAM": cfg["n_program"], "UNROLL": not cfg.get("loop"), "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
         }  # fmt: skip
         return Build(
             expand_kernel, (tiles, -(-op.c_out // cfg["n_program"]), 1),
-            lambda p, c, z: [x, t, first.w, first.affine, out, p if taps else x, z],
+            lambda p, c, z, s: [x, t, first.w, first.affine, out, s if taps else x, z],
             scalars, constants, _options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     block_n = cfg["n0"] + cfg["n1"]
-    steps = -(-op.c_in // cfg["k"])
+    with_strip = bool(kernel and cfg.get("d"))
+    steps = -(-op.c_in // max(cfg["k"], cfg["d"] if with_strip else 0))
     # every share has at least one step
     split = -(-steps // -(-steps // max(cfg["split"], 1)))
     constants = {
         **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, "RESIDUAL": op.residual, **place,
-        "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "SPLIT": split, "PRECISION": precision, "ZERO": 0,
+        "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "SPLIT": split,
+        "STRIP": with_strip, "BLOCK_D": cfg["d"] if with_strip else cfg["k"],
+        "UNROLL": not cfg.get("loop"), "PRECISION": precision, "ZERO": 0,
         "STAGES": cfg["stages"],
     }  # fmt: skip
     return Build(
         pointwise_kernel, (tiles, -(-op.c_out // block_n), split),
-        lambda p, c, z: [x, t, first.w, first.affine, residual, out, p, c, z],
+        lambda p, c, z, s: [x, t, first.w, first.affine, residual, out, p, s if with_strip else x, c, z],
         scalars, constants, _options(cfg), first.affine, split, rows * block_j * block_n,
+        strip=strip if with_strip else (0, None),
     )  # fmt: skip
 
 
@@ -209,7 +217,7 @@ def _build_dense(
     grid = (-(-scalars["J"] // cfg["p"]), 1 if project else -(-m // block_m), 1)
     return Build(
         dense_kernel, grid,
-        lambda p, c, z: [x, first.w, first.affine, last.w, last.affine, residual, out, z],
+        lambda p, c, z, s: [x, first.w, first.affine, last.w, last.affine, residual, out, z],
         scalars, constants, _options(cfg), first.affine,
     )  # fmt: skip
 
@@ -235,6 +243,6 @@ def build_pool(
     dummy = feat.affine if feat else x
     return Build(
         pool_kernel, (n, -(-width // cfg["n"]), 1),
-        lambda p, c, z: [x, feat.w if feat else x, feat.affine if feat else x, out, z],
+        lambda p, c, z, s: [x, feat.w if feat else x, feat.affine if feat else x, out, z],
         {"PIXELS": pixels}, constants, _options(cfg), dummy,
     )  # fmt: skip

@@ -31,6 +31,46 @@ def _stack(b_a, b_b):
 
 
 @triton.jit
+def _add_column(
+    b_rows,
+    p_x,
+    p_w,
+    o_x,
+    m_c,
+    i_y,
+    kx,
+    H,
+    W,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASK_C: tl.constexpr,
+):
+    """Adds what column kx of the window contributes to each output row."""
+    o_xx = (o_x + kx).to(tl.uint32)[:, None]
+    b_w = ()
+    for ky in tl.static_range(KERNEL):
+        b_w = b_w + (tl.load(p_w + (ky * KERNEL + kx) * CP)[None, :],)  # [1, BLOCK_K]
+    for iy in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
+        # one unsigned comparison for column and row; columns beyond J are far outside
+        m = o_xx < tl.where((i_y + iy >= 0) & (i_y + iy < H), W, 0).to(tl.uint32)
+        if MASK_C:
+            m = m & m_c
+        p_row = p_x + (((i_y + iy) * W).to(tl.int64) * C + kx * C)
+        b_x = tl.load(p_row, mask=m, other=0.0).to(tl.float32)
+        b_next = ()
+        for r in tl.static_range(ROWS):
+            if iy - r * STRIDE >= 0 and iy - r * STRIDE < KERNEL:
+                b_next = b_next + (b_rows[r] + b_x * b_w[iy - r * STRIDE],)
+            else:
+                b_next = b_next + (b_rows[r],)
+        b_rows = b_next
+    return b_rows
+
+
+@triton.jit
 def depthwise_tile(
     x,
     taps,
@@ -48,38 +88,29 @@ def depthwise_tile(
     BLOCK_K: tl.constexpr,
     ACT: tl.constexpr,
     DTYPE: tl.constexpr,
+    UNROLL: tl.constexpr = True,
 ):
     """Depthwise convolution of ROWS output rows: [ROWS * BLOCK_J, BLOCK_K] in DTYPE, from channel `i_c` on.
 
     An input row costs KERNEL shifted loads and serves all output rows that it touches. `taps` is
-    [KERNEL * KERNEL + 1, CP] fp32, the shift last.
+    [KERNEL * KERNEL + 1, CP] fp32, the shift last. Without UNROLL the columns of the window are a loop: fewer
+    registers, fewer loads in flight.
     """
     o_c = i_c + tl.arange(0, BLOCK_K)
     b_shift = tl.load(taps + KERNEL * KERNEL * CP + o_c)  # [BLOCK_K]
     p_x = x + (o_n + o_x * C)[:, None] + o_c[None, :]  # [BLOCK_J, BLOCK_K]
     p_w = taps + o_c
+    m_c = (o_c < C)[None, :]
+    MASK_C: tl.constexpr = C % BLOCK_K != 0
     b_rows = ()
     for _r in tl.static_range(ROWS):
         b_rows = b_rows + (tl.zeros([o_x.shape[0], BLOCK_K], dtype=tl.float32) + b_shift[None, :],)
-    for kx in tl.static_range(KERNEL):
-        o_xx = (o_x + kx).to(tl.uint32)[:, None]
-        b_w = ()
-        for ky in tl.static_range(KERNEL):
-            b_w = b_w + (tl.load(p_w + (ky * KERNEL + kx) * CP)[None, :],)  # [1, BLOCK_K]
-        for iy in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
-            # one unsigned comparison for column and row; columns beyond J are far outside
-            m = o_xx < tl.where((i_y + iy >= 0) & (i_y + iy < H), W, 0).to(tl.uint32)
-            if C % BLOCK_K != 0:
-                m = m & (o_c < C)[None, :]
-            p_row = p_x + (((i_y + iy) * W).to(tl.int64) * C + kx * C)
-            b_x = tl.load(p_row, mask=m, other=0.0).to(tl.float32)
-            b_next = ()
-            for r in tl.static_range(ROWS):
-                if iy - r * STRIDE >= 0 and iy - r * STRIDE < KERNEL:
-                    b_next = b_next + (b_rows[r] + b_x * b_w[iy - r * STRIDE],)
-                else:
-                    b_next = b_next + (b_rows[r],)
-            b_rows = b_next
+    if UNROLL:
+        for kx in tl.static_range(KERNEL):
+            b_rows = _add_column(b_rows, p_x, p_w, o_x, m_c, i_y, kx, H, W, C, CP, KERNEL, STRIDE, ROWS, MASK_C)
+    else:
+        for kx in tl.range(0, KERNEL, num_stages=1):
+            b_rows = _add_column(b_rows, p_x, p_w, o_x, m_c, i_y, kx, H, W, C, CP, KERNEL, STRIDE, ROWS, MASK_C)
     b_out = ()
     for r in tl.static_range(ROWS):
         b_out = b_out + (activation(b_rows[r], ACT).to(DTYPE),)

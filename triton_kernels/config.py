@@ -20,6 +20,8 @@ TUNED = Path(__file__).parent / "tuned"
 BUCKETS = (1, 8, 64, 256)
 # one expanded kernel holds all input channels in pieces of one tile each
 MAX_PIECES = 8
+# a measured choice serves sizes up to this factor in pixels away
+NEAR = 6
 
 
 def next_pow2(value: int) -> int:
@@ -117,11 +119,13 @@ def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int
         }  # fmt: skip
     k = piece_k(op.c_in)
     n0, n1 = pieces(n_out)
-    if pixels >= sms * 48:
+    if pixels >= sms * 20:
         if op.kernel and n_out > op.c_in and not op.residual and -(-op.c_in // k) <= MAX_PIECES:
             n = 128 if op.c_in <= 192 else 64
+            parts = 2 if pixels < sms * 64 else 1
+            per = -(-(-(-n_out // parts)) // n) * n
             return {
-                "path": "expand", "rows": rows, "j": 64 // rows, "k": k, "n": n, "n_program": -(-n_out // n) * n,
+                "path": "expand", "rows": rows, "j": 64 // rows, "k": k, "n": n, "n_program": per,
                 "warps": 4, "stages": 2,
             }  # fmt: skip
         if n0 + n1 > 256:
@@ -130,7 +134,8 @@ def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int
         p = 64 if op.kernel or pixels < sms * 128 else 128
         return {
             "path": "pointwise", "rows": rows, "j": p // rows, "k": min(k, 32) if op.kernel and wide else k,
-            "n0": n0, "n1": n1, "split": 1, "warps": 8 if n0 > 128 else 4, "stages": 1 if op.kernel else 3,
+            "n0": n0, "n1": n1, "split": 2 if op.kernel and pixels < sms * 64 and op.c_in >= 256 else 1,
+            "warps": 8 if n0 > 128 else 4, "stages": 1 if op.kernel else 3,
         }  # fmt: skip
     # few pixels: narrow output tiles, and the sum over channels split until there are programs enough
     p = 64 if op.kernel and pixels > 32 else 32 if pixels > 16 else 16
@@ -175,7 +180,8 @@ def table(name: str) -> dict[str, Any]:
 
 
 def lookup(entries: dict[str, Any], key: str, n: int, h: int, w: int) -> Config | None:
-    """The measured choice for a block, that of the nearest number of pixels; None where the table lacks the block.
+    """The measured choice for a block, that of the nearest number of pixels; None where the table lacks the block or is far
+    away.
 
     Entries: {block key: {"NxHxW": {"fused": bool, "chunk": images, "ops": [Config, ...]}}}.
     """
@@ -187,4 +193,5 @@ def lookup(entries: dict[str, Any], key: str, n: int, h: int, w: int) -> Config 
         b, hh, ww = map(int, size.split("x"))
         return abs(math.log(n * h * w / (b * hh * ww))), abs(math.log(h * w / (hh * ww)))
 
-    return found[min(found, key=distance)]
+    nearest = min(found, key=distance)
+    return found[nearest] if distance(nearest)[0] <= math.log(NEAR) else None

@@ -89,7 +89,9 @@ def dense_kernel(
             o_ky, o_kx, o_c = o_tap // KERNEL, o_tap % KERNEL, o_r % C
             o_yy = o_y[:, None] + o_ky[None, :]
             o_xx = o_x[:, None] + o_kx[None, :]
-            m_x = (o_yy >= 0) & (o_yy < H) & (o_xx >= 0) & (o_xx < W) & m_p[:, None] & (o_tap < KERNEL * KERNEL)[None, :]
+            m_x = (
+                (o_yy >= 0) & (o_yy < H) & (o_xx >= 0) & (o_xx < W) & m_p[:, None] & (o_tap < KERNEL * KERNEL)[None, :]
+            )
             o_e = o_ky.to(tl.int64) * s_y + o_kx * s_x + o_c * s_c
             b_x = tl.load(p_x[:, None] + o_e[None, :], mask=m_x, other=0.0)  # [BLOCK_P, BLOCK_K]
         else:

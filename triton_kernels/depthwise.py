@@ -32,6 +32,7 @@ def depthwise_kernel(
     ROWS: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
     ZERO: tl.constexpr,
 ):
     i_t, i_k = tl.program_id(0), tl.program_id(1) * BLOCK_K
@@ -42,7 +43,7 @@ def depthwise_kernel(
     o_p, m_p = tile_pixels(i_j, i_g, J, HO, WO, ROWS, BLOCK_J)
     b_y = depthwise_tile(
         x, taps, o_img, o_x, i_g * ROWS * STRIDE - PAD_Y, i_k, H, W,
-        C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, ACT, tl.float32,
+        C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, ACT, tl.float32, UNROLL,
     )  # fmt: skip
     o_c = i_k + tl.arange(0, BLOCK_K)
     o_y = o_p[:, None] * C + o_c[None, :]

@@ -38,6 +38,7 @@ def _input_tiles(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """(o_p, m_p, tuple of [BLOCK_P, BLOCK_K] tiles that cover C)."""
     b_tiles = ()
@@ -50,7 +51,7 @@ def _input_tiles(
         o_s = tl.arange(0, ROWS * BLOCK_J)[:, None] * CP
         for i_d in tl.range(0, C, BLOCK_D, num_stages=1):
             b_x = depthwise_tile(
-                x, taps, o_img, o_x, i_y, i_d, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_D, DW_ACT, DTYPE
+                x, taps, o_img, o_x, i_y, i_d, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_D, DW_ACT, DTYPE, UNROLL
             )
             tl.store(strip + o_s + (i_d + tl.arange(0, BLOCK_D))[None, :], b_x)
         tl.debug_barrier()
@@ -99,6 +100,7 @@ def expand_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     N_PROGRAM: tl.constexpr,  # output channels of one program
+    UNROLL: tl.constexpr,
     PRECISION: tl.constexpr,
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
@@ -108,7 +110,7 @@ def expand_kernel(
     clear_counters(counters_next, i_t + i_nb, ZERO)
     o_p, m_p, b_tiles = _input_tiles(
         x, taps, strips + (i_nb.to(tl.int64) * tl.num_programs(0) + i_t) * (ROWS * BLOCK_J * CP), i_t,
-        J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_D, BLOCK_K, DTYPE,
+        J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_D, BLOCK_K, DTYPE, UNROLL,
     )  # fmt: skip
     p_w = w + tl.arange(0, BLOCK_K)[:, None] * NP + tl.arange(0, BLOCK_N)[None, :]
     for i_n in tl.range(i_nb * N_PROGRAM, min((i_nb + 1) * N_PROGRAM, N), BLOCK_N, num_stages=STAGES):
@@ -155,6 +157,7 @@ def ffn_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N0: tl.constexpr,
     BLOCK_N1: tl.constexpr,
+    UNROLL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -163,7 +166,7 @@ def ffn_kernel(
     i_t = tl.program_id(0)
     o_p, m_p, b_tiles = _input_tiles(
         x, taps, strips + i_t.to(tl.int64) * (BLOCK_P * CP), i_t,
-        J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_D, BLOCK_K, DTYPE,
+        J, H, W, HO, WO, PAD_Y, PAD_X, C, CP, KERNEL, STRIDE, DW_ACT, ROWS, BLOCK_J, BLOCK_D, BLOCK_K, DTYPE, UNROLL,
     )  # fmt: skip
     b_acc0 = tl.zeros([BLOCK_P, BLOCK_N0], dtype=tl.float32)
     if BLOCK_N1 > 0:

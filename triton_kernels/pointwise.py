@@ -3,6 +3,10 @@
 A program owns a pixel tile and an output-channel tile of BLOCK_N0 + BLOCK_N1 (both powers of two, so that 160 or 96
 channels waste nothing), and with SPLIT > 1 a share of the input channels: the last program of a tile to arrive adds
 the partial sums in a fixed order.
+
+The depthwise convolution is either computed step by step between the products (its sums then compete with the
+accumulators for registers), or, with STRIP, for all channels first, through a strip of L2 of the program's own; the
+products that follow are pipelined like those of a plain 1x1.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ def pointwise_kernel(
     residual,
     out,
     partial,
+    strips,
     counters,
     counters_next,
     J,
@@ -48,6 +53,9 @@ def pointwise_kernel(
     BLOCK_N0: tl.constexpr,
     BLOCK_N1: tl.constexpr,
     SPLIT: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
     PRECISION: tl.constexpr,
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
@@ -69,8 +77,19 @@ def pointwise_kernel(
         m_p = o_p < J
         o_img, o_x, i_y = o_p, o_p, 0
 
-    K_SPLIT: tl.constexpr = ((C + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
+    # shares of whole steps of both loops: a step that reached over CP would spoil the next row of the strip
+    STEP: tl.constexpr = BLOCK_D if BLOCK_D > BLOCK_K else BLOCK_K
+    K_SPLIT: tl.constexpr = ((C + STEP - 1) // STEP + SPLIT - 1) // SPLIT * STEP
     i_k0 = i_s * K_SPLIT
+    if STRIP:
+        i_program = (i_s * tl.num_programs(1) + i_nb) * tl.num_programs(0) + i_t
+        p_s = strips + i_program.to(tl.int64) * BLOCK_P * CP + tl.arange(0, BLOCK_P)[:, None] * CP
+        for i_d in tl.range(i_k0, min(i_k0 + K_SPLIT, C), BLOCK_D, num_stages=1):
+            b_d = depthwise_tile(
+                x, taps, o_img, o_x, i_y, i_d, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_D, DW_ACT, DTYPE, UNROLL
+            )  # [BLOCK_P, BLOCK_D]
+            tl.store(p_s + (i_d + tl.arange(0, BLOCK_D))[None, :], b_d)
+        tl.debug_barrier()
     b_acc0 = tl.zeros([BLOCK_P, BLOCK_N0], dtype=tl.float32)
     if BLOCK_N1 > 0:
         b_acc1 = tl.zeros([BLOCK_P, BLOCK_N1], dtype=tl.float32)
@@ -82,9 +101,12 @@ def pointwise_kernel(
         b_w0 = tl.load(p_w + i_k * NP + tl.arange(0, BLOCK_N0)[None, :])  # [BLOCK_K, BLOCK_N0]
         if BLOCK_N1 > 0:
             b_w1 = tl.load(p_w + i_k * NP + BLOCK_N0 + tl.arange(0, BLOCK_N1)[None, :])
-        if KERNEL > 0:
+        if STRIP:
+            # zeros beyond C: so are the taps and shifts there
+            b_x = tl.load(p_s + (i_k + o_k)[None, :])  # [BLOCK_P, BLOCK_K]
+        elif KERNEL > 0:
             b_x = depthwise_tile(
-                x, taps, o_img, o_x, i_y, i_k, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, DW_ACT, DTYPE
+                x, taps, o_img, o_x, i_y, i_k, H, W, C, CP, KERNEL, STRIDE, ROWS, BLOCK_K, DW_ACT, DTYPE, UNROLL
             )  # [BLOCK_P, BLOCK_K]
         else:
             m_x = m_p[:, None]

@@ -49,7 +49,7 @@ def candidates(op: Op, n: int, h: int, w: int, dtype: torch.dtype, exact: bool, 
         if op.kind == "dense":
             out += [{**first, "p": 64, "warps": 8}]
         return _unique(out)
-    large = pixels >= sms * 48
+    large = pixels >= sms * 20
     rows = config.rows_for(ho, op.kernel)
     if op.kind == "depthwise":
         for r, j, k in itertools.product((rows, 2), (8, 16), (32, 64)):
@@ -76,27 +76,32 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     full = (n0, n1) if n0 + n1 <= 256 else (256, 0)
     base = {"path": "pointwise", "split": 1, "stages": 1 if op.kernel else 3, "rows": rows}
     if large and op.kernel:
-        # a thread does best with 8 channels of one column: j * k = 256 * warps
-        tiles = [(64, k, 4, full), (64, 32, 4, full), (128, 64, 8, full)]
-        if round_up(op.c_in, 128) <= op.c_in * 9 // 8:
-            tiles.append((64, 128, 8, full))
-        if op.c_out >= 256:
-            tiles.append((64, 64, 8, full))
-        if op.c_in <= 64:
-            tiles.append((128, k, 4, full))
-        for p, kk, warps, (a, b) in tiles:
-            out.append({**base, "j": p // rows, "k": kk, "n0": a, "n1": b, "warps": warps})
+        narrow = min(64, config.next_pow2(op.c_in))
+        for p, kk, warps in ((64, 32, 4), (64, k, 4), (64, 64, 8)):
+            out.append({**base, "j": p // rows, "k": kk, "n0": full[0], "n1": full[1], "warps": warps})
+        out.append({**out[-1], "j": 64 // rows, "k": k, "warps": 4, "loop": 1})
+        strip = {**base, "k": max(k, 32), "n0": full[0], "n1": full[1], "stages": 2, "d": narrow}
+        wide = ((64, 8, 0, 0), (64, 8, 128, 0), (64, 8, 128, 1), (128, 8, 0, 1))
+        slim = ((64, 4, 0, 0), (64, 4, 168, 0), (64, 4, 168, 1), (128, 8, 128, 1))
+        for p, warps, regs, loop in wide if sum(full) > 192 else slim:
+            cfg = {**strip, "j": p // rows, "warps": warps, **({"regs": regs} if regs else {})}
+            out.append({**cfg, "loop": 1} if loop else cfg)
+        if pixels < sms * 96:
+            for split in (2, 4):
+                out.append({**base, "j": 64 // rows, "k": k, "n0": full[0], "n1": full[1], "warps": 4, "split": split})
+                out.append({**strip, "j": 64 // rows, "warps": 8 if sum(full) > 192 else 4, "split": split})
     elif large:
         for p, (a, b), warps, stages in (
             (64, full, 4, 3), (128, full, 8, 3), (128, (64, 0), 4, 4), (128, (128, 0), 4, 3), (128, (128, 0), 8, 3),
         ):  # fmt: skip
             out.append({**base, "j": p, "k": k, "n0": a, "n1": b, "warps": warps, "stages": stages})
     if large and op.c_out > op.c_in and not op.residual and -(-op.c_in // k) <= config.MAX_PIECES:
-        for p, n, warps, stages in ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 1), (128, 128, 8, 2), (128, 64, 8, 1)):
-            out.append({
-                "path": "expand", "rows": rows, "j": p // rows, "k": k, "n": n,
-                "n_program": round_up(op.c_out, n), "warps": warps, "stages": stages,
-            })  # fmt: skip
+        for p, n, warps, stages in ((64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)):
+            for parts in (1, 2, 4) if pixels < sms * 96 else (1,):
+                out.append({
+                    "path": "expand", "rows": rows, "j": p // rows, "k": max(k, 32), "n": n,
+                    "n_program": round_up(-(-op.c_out // parts), n), "warps": warps, "stages": stages,
+                })  # fmt: skip
     if large:
         return out
     if op.kernel:
@@ -121,7 +126,9 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     return out
 
 
-def _choices(runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int) -> list[tuple[bool, list[list[Config]]]]:
+def _choices(
+    runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int
+) -> list[tuple[bool, list[list[Config]]]]:
     """(fused, candidates of each operation) for the variants of a block."""
     variants: list[tuple[bool, tuple[Op, ...]]] = [(False, runner.ops)]
     head: list[list[Config]] = []
@@ -329,7 +336,9 @@ def tune_block(
         for chunk in _chunks(runner, n, h, w, choice):
             whole = {**choice, "chunk": chunk}
             micros = timed.time(timed.plan(whole))
-            log(f"  {'fused' if variant[0] else 'split'} chunk {chunk}: {micros:.2f} us {[round(t, 2) for t, _ in best]}")
+            log(
+                f"  {'fused' if variant[0] else 'split'} chunk {chunk}: {micros:.2f} us {[round(t, 2) for t, _ in best]}"
+            )
             found.append((micros, whole))
     micros, choice = min(found, key=lambda item: item[0])
     return choice, micros

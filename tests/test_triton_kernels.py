@@ -1,0 +1,154 @@
+"""The Triton kernels: small shapes in the interpreter everywhere, the same and the whole ledger on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for an NVIDIA GPU"),
+    pytest.mark.no_poison,
+]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _lines(*args: str, **environment: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "triton_cases.py"), *args],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.stdout, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, (done.stderr[-2000:], [line for line in lines if not line.get("ok", True)])
+    return lines
+
+
+@pytest.mark.slow
+def test_small_blocks_in_the_interpreter() -> None:
+    # a process of its own: the interpreter is chosen when triton is imported
+    lines = _lines("cpu", TRITON_INTERPRET="1")
+    assert lines[-1] == {"failed": 0}
+    assert len(lines) > 50
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, mnv4_ops.triton_kernels; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"start_kernel": 7}, "start_kernel"),
+        ({"mid_stride": 3, "mid_kernel": 3}, "mid_stride"),
+        ({"expand_act": "swish"}, "expand_act"),
+        ({"padding": "valid"}, "padding"),
+        ({"c_mid": 0}, "c_mid"),
+        ({"residual": True}, "residual"),
+        ({"dtype": torch.float64}, "dtype"),
+    ],
+)
+def test_unsupported_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
+    from mnv4_ops.triton_kernels import Block
+
+    given = {
+        "dtype": torch.float32,
+        "device": "cpu",
+        "c_in": 8,
+        "c_mid": 16,
+        "c_out": 12,
+        "expand": True,
+        "project": True,
+    }
+    with pytest.raises(ValueError, match=message):
+        Block(**{**given, **wrong})
+
+
+def test_an_unpacked_stage_is_an_error() -> None:
+    from mnv4_ops.triton_kernels import Block
+
+    block = Block(dtype=torch.float32, device="cpu", c_in=8, c_mid=8, c_out=12, project=True)
+    with pytest.raises(RuntimeError, match="missing \\[3\\]"):
+        block.run(torch.zeros(1, 8, 2, 2), torch.zeros(1, 12, 2, 2))
+    with pytest.raises(ValueError, match="stage"):
+        block.pack(0, torch.zeros(8, 1, 3, 3))
+
+
+def test_packing_again_keeps_the_memory() -> None:
+    from mnv4_ops.triton_kernels import Block
+
+    block = Block(dtype=torch.float16, device="cpu", c_in=8, c_mid=8, c_out=12, project=True)
+    block.pack(3, torch.zeros(12, 8, 1, 1).half())
+    before = [t.data_ptr() for t in block.packed[3].tensors]
+    block.pack(3, torch.ones(12, 8, 1, 1).half())
+    assert [t.data_ptr() for t in block.packed[3].tensors] == before
+    assert block.packed[3].w[:8, :12].eq(1).all()
+
+
+def test_tables_are_well_formed() -> None:
+    from mnv4_ops.triton_kernels import config
+
+    for path in config.TUNED.glob("*.json"):
+        for sizes in json.loads(path.read_text()).get("entries", {}).values():
+            for size, choice in sizes.items():
+                assert len(size.split("x")) == 3
+                assert choice["ops"]
+
+
+def _ledger() -> list[Any]:
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    from gpu_blocks import blocks
+
+    from mnv4_ops.spec import MODELS
+
+    return [
+        pytest.param(desc, h, w, id=f"{i}-{h}x{w}") for i, (desc, h, w, _) in enumerate(blocks(list(MODELS)).values())
+    ]
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    def test_small_blocks(self) -> None:
+        assert _lines("cuda")[-1] == {"failed": 0}
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("desc", "h", "w"), _ledger())
+    @pytest.mark.parametrize("batch", [1, 64])
+    def test_ledger(self, desc: dict[str, Any], h: int, w: int, batch: int, dtype: torch.dtype) -> None:
+        from triton_cases import Case, run_case
+
+        if batch > 1:
+            h, w = min(h, 32), min(w, 32)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        worst, rms = run_case(Case(dtype, "cuda", **desc), batch, h, w)
+        assert worst <= 1
+        assert rms <= 1
+
+    def test_graph_sees_new_weights(self) -> None:
+        from triton_cases import Case, ib, output
+
+        case = Case(torch.float16, "cuda", **ib(64, 128, 64, start_kernel=3, mid_kernel=5, residual=True))
+        block = case.build()
+        x = torch.randn(8, 64, 14, 14, device="cuda").half().to(memory_format=torch.channels_last)
+        out = output(block, 8, 14, 14, torch.float16, "cuda")
+        block.run(x, out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            block.run(x, out)
+        other = Case(torch.float16, "cuda", **case.desc)
+        other.pack(block)
+        graph.replay()
+        want = other.reference(x, torch.float64)
+        assert float((out.double() - want).norm() / want.norm()) < 4e-3
