@@ -1,6 +1,7 @@
 """GPU blocks: correctness of every kernel first, then measured tiles and the time of each block of the ledger.
 
-python benchmarks/gpu_blocks.py [--check] [--tune] [--models conv_small,...] [--dtypes float16,...] [--batches 1,8,64,256] [--out DIR]
+python benchmarks/gpu_blocks.py [--check] [--tune] [--models conv_small,...] [--dtypes float16,...]
+    [--batches 1,8,64,256] [--out DIR]
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from triton_cases import Case, run_case, small_cases, special_values  # noqa: E402
+from triton_cases import Case, run_case, small_cases, special_values
 
-from mnv4_ops.spec import MODELS, ConvSpec, FusedIBSpec, HeadSpec, UIBSpec, head_spec, ledger  # noqa: E402
+from mnv4_ops.spec import MODELS, ConvSpec, FusedIBSpec, HeadSpec, UIBSpec, head_spec, ledger
 
 
 def describe(spec: Any) -> dict[str, Any] | None:
@@ -82,7 +84,7 @@ def check(models: list[str], dtypes: list[torch.dtype], batch: int = 2) -> int:
             ok = a <= 1 and b <= 1
             text = f"max {a:.3f} rms {b:.3f}"
             worst[dtype] = max(worst.get(dtype, 0), a, b)
-        except Exception as error:  # noqa: BLE001 - the suite goes on and says what failed
+        except Exception as error:
             ok, text = False, f"{type(error).__name__}: {str(error)[:300]}"
         if not ok:
             failed += 1
@@ -111,12 +113,12 @@ def check(models: list[str], dtypes: list[torch.dtype], batch: int = 2) -> int:
         case = Case(d, "cuda", **desc)
         block = case.build()
         block.choice = choice
-        report(name, d, lambda: run_case(case, *size, layout, block))
+        report(name, d, partial(run_case, case, *size, layout, block))
         n += 1
     special_values("cuda")
     for desc, dtype, size in ledger_sizes:
         case = Case(dtype, "cuda", **desc)
-        report(f"{desc} {size}", dtype, lambda: run_case(case, *size))
+        report(f"{desc} {size}", dtype, partial(run_case, case, *size))
         n += 1
     print(f"checked {n} cases, {failed} failed, worst fractions { {str(k): round(v, 3) for k, v in worst.items()} }")
     host_time()

@@ -157,7 +157,9 @@ def structures(act: str, a: int, m: int, b: int) -> dict[str, dict[str, Any]]:
         "depthwise s2": {"c_in": a, "c_mid": a, "c_out": a, "start_kernel": 5, "start_stride": 2, "padding": "same"},
         "pointwise": {"c_in": a, "c_mid": a, "c_out": b, "project": True, "project_act": act},
         "conv1x1": {"c_in": a, "c_mid": b, "c_out": b, "expand": True, "expand_act": act},
-        "stem": {"c_in": 3, "c_mid": b, "c_out": b, "expand": True, "expand_kernel": 3, "expand_stride": 2, "expand_act": act},
+        "stem": {
+            "c_in": 3, "c_mid": b, "c_out": b, "expand": True, "expand_kernel": 3, "expand_stride": 2, "expand_act": act,
+        },
         "conv5x5": {"c_in": a, "c_mid": b, "c_out": b, "expand": True, "expand_kernel": 5, "expand_act": act},
         "dw+pw": {
             "c_in": a, "c_mid": a, "c_out": b, "start_kernel": 5, "start_act": act, "start_stride": 2,
@@ -174,7 +176,9 @@ def structures(act: str, a: int, m: int, b: int) -> dict[str, dict[str, Any]]:
         "dw+dense": {
             "c_in": a, "c_mid": b, "c_out": b, "start_kernel": 3, "expand": True, "expand_kernel": 3, "expand_act": act,
         },
-        "dw+dw": {"c_in": a, "c_mid": a, "c_out": a, "start_kernel": 3, "mid_kernel": 5, "mid_act": act, "residual": True},
+        "dw+dw": {
+            "c_in": a, "c_mid": a, "c_out": a, "start_kernel": 3, "mid_kernel": 5, "mid_act": act, "residual": True,
+        },
         "head": {"c_in": a, "c_feat": m, "feat_act": act, "c_hidden": b, "hidden_act": act, "classes": 11},
         "pool": {"c_in": a, "c_feat": 0, "feat_act": "none", "c_hidden": 0, "hidden_act": "none", "classes": 0},
     }  # fmt: skip
@@ -195,7 +199,10 @@ def small_cases() -> Iterator[tuple[str, torch.dtype, dict[str, Any], tuple[int,
     ffn = {"path": "ffn", **tile, "m": 32, "n0": 16, "n1": 16}
     variants = {
         "split": ("ExtraDW", {"fused": False, "chunk": 0, "ops": [pw, {**pw, "split": 3, "rows": 4, "j": 4}]}),
-        "expand": ("ExtraDW", {"fused": False, "chunk": 2, "ops": [expand, {**pw, "rows": 1, "j": 16, "n0": 32, "n1": 0}]}),
+        "expand": (
+            "ExtraDW",
+            {"fused": False, "chunk": 2, "ops": [expand, {**pw, "rows": 1, "j": 16, "n0": 32, "n1": 0}]},
+        ),
         "expand of IB": ("IB", {"fused": False, "chunk": 1, "ops": [expand, {**pw, "rows": 8, "j": 4, "split": 2}]}),
         "strip": ("ExtraDW", {"fused": False, "chunk": 2, "ops": [pw, {**pw, "d": 32, "split": 2}]}),
         "strip alone": ("dw+pw", {"fused": False, "chunk": 0, "ops": [{**pw, "d": 16, "n0": 32, "n1": 0}]}),

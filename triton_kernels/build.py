@@ -131,7 +131,8 @@ def build_op(
     if op.kind == "depthwise":
         assert taps is not None
         constants = {
-            **depth, "KERNEL": kernel, "STRIDE": stride, "ACT": op.act, "RESIDUAL": op.residual, **place, "UNROLL": not cfg.get("loop"),
+            **depth, "KERNEL": kernel, "STRIDE": stride, "ACT": op.act, "RESIDUAL": op.residual, **place,
+            "UNROLL": not cfg.get("loop"),
             "ZERO": 0,
         }  # fmt: skip
         return Build(
@@ -162,7 +163,8 @@ def build_op(
             raise ValueError("expand: expected an operation without residual")
         constants = {
             **depth, "N": op.c_out, "NP": first.np, **dw, "ACT": op.act, **resident, "BLOCK_N": cfg["n"],
-            "N_PROGRAM": cfg["n_program"], "UNROLL": not cfg.get("loop"), "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
+            "N_PROGRAM": cfg["n_program"], "UNROLL": not cfg.get("loop"), "PRECISION": precision, "ZERO": 0,
+            "STAGES": cfg["stages"],
         }  # fmt: skip
         return Build(
             expand_kernel, (tiles, -(-op.c_out // cfg["n_program"]), 1),

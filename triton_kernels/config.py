@@ -52,7 +52,7 @@ def piece_k(c: int, high: int = 64) -> int:
     return min(high, max(16, next_pow2(c))) if c < 64 else min(high, 32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_limits(index: int) -> tuple[int, int]:
     """(multiprocessors, shared memory of one program in bytes)."""
     p = torch.cuda.get_device_properties(index)
@@ -123,7 +123,8 @@ def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int
         if op.kernel and n_out > op.c_in and not op.residual and -(-op.c_in // k) <= MAX_PIECES:
             n = 128 if op.c_in <= 192 else 64
             parts = 2 if pixels < sms * 64 else 1
-            per = -(-(-(-n_out // parts)) // n) * n
+            share = -(-n_out // parts)
+            per = -(-share // n) * n
             return {
                 "path": "expand", "rows": rows, "j": 64 // rows, "k": k, "n": n, "n_program": per,
                 "warps": 4, "stages": 2,
@@ -172,7 +173,7 @@ def table_name(device_name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in device_name.lower())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table(name: str) -> dict[str, Any]:
     """The entries of a shipped table, {} where the device has none."""
     path = TUNED / f"{name}.json"
@@ -180,8 +181,7 @@ def table(name: str) -> dict[str, Any]:
 
 
 def lookup(entries: dict[str, Any], key: str, n: int, h: int, w: int) -> Config | None:
-    """The measured choice for a block, that of the nearest number of pixels; None where the table lacks the block or is far
-    away.
+    """The measured choice for a block of the nearest number of pixels; None where there is none or it is far away.
 
     Entries: {block key: {"NxHxW": {"fused": bool, "chunk": images, "ops": [Config, ...]}}}.
     """

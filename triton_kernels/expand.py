@@ -2,8 +2,8 @@
 
 A program makes the [BLOCK_P, C] input tile once (all channels) and walks over the expanded channels. A depthwise
 convolution in front is computed once, in a loop that passes its result through a strip of L2 of the program's own
-(unrolled over the channels instead, it took half a minute to compile). The FFN kernel feeds each piece of the expanded activation to the projection at once,
-so that it never leaves the chip.
+(unrolled over the channels instead, it took half a minute to compile). The FFN kernel feeds each piece of the expanded
+activation to the projection at once, so that it never leaves the chip.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def _compile(task: tuple[dict[str, Any], torch.dtype, int, int, int, Config, int
         _blocks[key] = make(desc, dtype, "cpu")
     try:
         _blocks[key].plan(n, h, w, choice, tf32).launches[index].compile()
-    except Exception as error:  # noqa: BLE001 - any failure only removes a candidate
+    except Exception as error:
         return f"{choice['ops'][index]}: {type(error).__name__}: {str(error)[:200]}"
     return ""
 
@@ -324,7 +324,7 @@ def tune_block(
             try:
                 launches = timed.plan(choice)
                 micros = timed.time(launches[i : i + 1])
-            except Exception as error:  # noqa: BLE001 - what does not compile or fit is no candidate
+            except Exception as error:
                 log(f"    {option}: {str(error)[:80]}")
                 continue
             log(f"    op {i} {micros:8.2f} us {option}")
@@ -336,9 +336,8 @@ def tune_block(
         for chunk in _chunks(runner, n, h, w, choice):
             whole = {**choice, "chunk": chunk}
             micros = timed.time(timed.plan(whole))
-            log(
-                f"  {'fused' if variant[0] else 'split'} chunk {chunk}: {micros:.2f} us {[round(t, 2) for t, _ in best]}"
-            )
+            parts = [round(t, 2) for t, _ in best]
+            log(f"  {'fused' if variant[0] else 'split'} chunk {chunk}: {micros:.2f} us {parts}")
             found.append((micros, whole))
     micros, choice = min(found, key=lambda item: item[0])
     return choice, micros
