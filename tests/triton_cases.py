@@ -158,7 +158,8 @@ def structures(act: str, a: int, m: int, b: int) -> dict[str, dict[str, Any]]:
         "pointwise": {"c_in": a, "c_mid": a, "c_out": b, "project": True, "project_act": act},
         "conv1x1": {"c_in": a, "c_mid": b, "c_out": b, "expand": True, "expand_act": act},
         "stem": {
-            "c_in": 3, "c_mid": b, "c_out": b, "expand": True, "expand_kernel": 3, "expand_stride": 2, "expand_act": act,
+            "c_in": 3, "c_mid": b, "c_out": b,
+            "expand": True, "expand_kernel": 3, "expand_stride": 2, "expand_act": act,
         },
         "conv5x5": {"c_in": a, "c_mid": b, "c_out": b, "expand": True, "expand_kernel": 5, "expand_act": act},
         "dw+pw": {

@@ -193,6 +193,6 @@ def store_tile(
 @triton.jit
 def clear_counters(counters, i_first, ZERO: tl.constexpr):
     """Zeroes the counters of a later split kernel of the same call; nothing runs between two launches of one stream."""
-    if ZERO > 0:
-        if i_first == 0:  # noqa: SIM102 - the outer condition is settled when compiling
+    if ZERO > 0:  # noqa: SIM102 - settled when compiling, the inner one on the device
+        if i_first == 0:
             tl.store(counters + tl.arange(0, ZERO), tl.zeros([ZERO], dtype=tl.int32))
