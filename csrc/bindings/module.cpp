@@ -165,7 +165,29 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
   return {at(weight), at(bias), at(bn_weight), at(bn_bias), at(bn_mean), at(bn_var), eps, at(gamma)};
 }
 
-void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const Strides& s, Address out,
+// The plans of a list for the sizes it has met. Used under the GIL only.
+class Plans {
+ public:
+  std::shared_ptr<const ProgramPlan> get(const std::vector<Op>& ops, int n, int h, int w, int threads) {
+    for (const auto& p : recent_) {
+      if (p->n == n && p->h == h && p->w == w && p->threads == threads) return p;
+    }
+    auto made = std::make_shared<const ProgramPlan>(plan_program(ops, n, h, w, threads));
+    if (recent_.size() < kKeptPlans) {
+      recent_.push_back(made);
+    } else {
+      recent_[oldest_++ % kKeptPlans] = made;
+    }
+    return made;
+  }
+
+ private:
+  static constexpr std::size_t kKeptPlans = 16;
+  std::vector<std::shared_ptr<const ProgramPlan>> recent_;
+  std::size_t oldest_ = 0;
+};
+
+void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
              Address workspace, int threads, double* seconds = nullptr) {
   for (const Op& op : ops) {
     const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
@@ -174,12 +196,13 @@ void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const S
   require_size("run", n, h, w);
   require_least("run", "threads", threads, 1);
   if (n == 0) return;
-  if (workspace == 0 && workspace_floats(ops, n, h, w) > 0) {
+  Plans none;
+  const std::shared_ptr<const ProgramPlan> plan = (plans != nullptr ? *plans : none).get(ops, n, h, w, threads);
+  if (workspace == 0 && plan->workspace() > 0) {
     throw std::invalid_argument("run: workspace = 0, expected the address of workspace_bytes() of memory");
   }
   if (x == 0 || out == 0) throw std::invalid_argument("run: x or out is 0, expected addresses");
-  const std::size_t scratch = scratch_floats(ops, h, w, threads);
-  float* arena = scratch_arena.get(scratch * threads);
+  float* arena = scratch_arena.get(plan->scratch * threads);
   Tensor in = strided_tensor(const_cast<float*>(at(x)), s[0], s[1], s[2], s[3]);
   const Block* const* first = std::get_if<const Block*>(&ops[0]);
   const int c = first != nullptr ? (*first)->desc().c_in : std::get<const Head*>(ops[0])->desc().c_in;
@@ -219,13 +242,14 @@ void run_ops(const std::vector<Op>& ops, Address x, int n, int h, int w, const S
     in = strided_tensor(copy, row * h, 1, row, c);
   }
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, active_kernels(), in, n, h, w, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena,
-      scratch, threads, seconds);
+  run(ops, *plan, active_kernels(), in, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena,
+      seconds);
 }
 
 // Program keeps the Python objects of its ops alive.
 struct PyProgram {
   std::vector<Op> ops;
+  mutable Plans plans;
   py::list keep;
 };
 
@@ -363,7 +387,7 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "run",
           [](const Block& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops({&b}, x, n, h, w, strides, out, 0, threads);
+            run_ops({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
           },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("threads"))
@@ -399,7 +423,7 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "run",
           [](const Head& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops({&b}, x, n, h, w, strides, out, 0, threads);
+            run_ops({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
           },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("threads"))
@@ -438,9 +462,10 @@ PYBIND11_MODULE(_core, m) {
           py::arg("n"), py::arg("h"), py::arg("w"))
       .def(
           "workspace_bytes",
-          [](const PyProgram& p, int n, int h, int w, int) {
+          [](const PyProgram& p, int n, int h, int w, int threads) {
             require_size("workspace_bytes", n, h, w);
-            return workspace_floats(p.ops, n, h, w) * sizeof(float);
+            require_least("workspace_bytes", "threads", threads, 1);
+            return p.plans.get(p.ops, n, h, w, threads)->workspace() * sizeof(float);
           },
           py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def(
@@ -448,13 +473,13 @@ PYBIND11_MODULE(_core, m) {
           [](const PyProgram& p, int h, int w, int threads) {
             require_size("scratch_bytes", 0, h, w);
             require_least("scratch_bytes", "threads", threads, 1);
-            return scratch_floats(p.ops, h, w, threads) * sizeof(float);
+            return plan_program(p.ops, 1, h, w, threads).scratch * sizeof(float);
           },
           py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def(
           "run",
           [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
-             int threads) { run_ops(p.ops, x, n, h, w, strides, out, workspace, threads); },
+             int threads) { run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads); },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("workspace"), py::arg("threads"));
 
@@ -463,7 +488,7 @@ PYBIND11_MODULE(_core, m) {
       [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
          int threads) {
         std::vector<double> seconds(p.ops.size(), 0.0);
-        run_ops(p.ops, x, n, h, w, strides, out, workspace, threads, seconds.data());
+        run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads, seconds.data());
         return seconds;
       },
       py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),

@@ -7,6 +7,7 @@ namespace mnv4 {
 namespace {
 
 constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
+constexpr int kOwnPixels = 64;   // expanded pixels of a thread from which on it is worth reading all weights for them
 
 }  // namespace
 
@@ -81,6 +82,12 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
     if (pixels > 0 && g.units > 0) k.gemm(g);
     return;
   }
+  if (t.own_pixels) {
+    const Range own = t.pixels(0, pixels);
+    g.p_begin = own.lo, g.p_end = own.hi;
+    if (own.hi > own.lo && g.units > 0) k.gemm(g);
+    return;
+  }
   // groups of units, each in parts of pixels where there are few groups
   const int size = g.units >= 4 * kTask * t.n ? kTask : 2, groups = (g.units + size - 1) / size;
   const int parts = std::max(1, std::min((4 * t.n + groups - 1) / groups, pixels / 24));
@@ -100,6 +107,29 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
 }
 
 namespace {
+
+// Depthwise of one unit for output pixels [p0, p1) of an image `w` wide; dst holds them from pixel `origin` on. row(y)
+// is the offset of input row y, negative outside of the image.
+template <class Row>
+void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int origin, int p0, int p1, Row row) {
+  const float* src = a.src;
+  float* dst = a.dst;
+  a.dst_row = static_cast<std::ptrdiff_t>(w) * kUnit;
+  std::ptrdiff_t off[kRowsAtOnce * 5];
+  a.row_off = off;
+  for (int p = p0; p < p1; p += a.rows * a.cols) {
+    const int y = p / w, x = p % w;
+    const bool whole = x == 0 && p1 - p >= w;
+    a.rows = whole ? std::min(kRowsAtOnce, (p1 - p) / w) : 1;
+    a.cols = whole ? w : std::min(w - x, p1 - p);
+    for (int r = 0; r < a.rows; ++r) {
+      for (int ky = 0; ky < a.kernel; ++ky) off[r * a.kernel + ky] = row((y + r) * a.stride - top + ky);
+    }
+    a.src = src + static_cast<std::ptrdiff_t>(x) * a.stride * kUnit;
+    a.dst = dst + static_cast<std::ptrdiff_t>(p - origin) * kUnit;
+    k.depthwise(a);
+  }
+}
 
 // copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders
 void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi,
@@ -138,30 +168,20 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     const int n1 = std::max(n0, e1), rows = n1 - n0;
     have = n1;
 
-    // front: start depthwise of all input units, or zero-bordered input rows of the dense convolution
-    const int lo = n0 * s1 - g.top1, hi = (n1 - 1) * s1 - g.top1 + k1;
-    if (start) {
+    // front: start depthwise of all input units
+    const Range front_pixels = t.pixels(n0 * g.w1, n1 * g.w1);
+    if (start && front_pixels.hi > front_pixels.lo) {
+      const int lo = front_pixels.lo / g.w1 * s1 - g.top1, hi = (front_pixels.hi - 1) / g.w1 * s1 - g.top1 + k1;
       t.share(ui, 1, [&](int first, int end) {
         for (int i = first; i < end; ++i) {
           load_rows(k, x, i, std::min(kUnit, d_.c_in - i * kUnit), g, lo, hi, t.local);
-          for (int r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
-            std::ptrdiff_t off[kRowsAtOnce * 5];
-            const int n = std::min(kRowsAtOnce, rows - r0);
-            for (int r = 0; r < n; ++r) {
-              for (int ky = 0; ky < k1; ++ky) {
-                const int y = (n0 + r0 + r) * s1 - g.top1 + ky;
-                off[r * k1 + ky] = y < 0 || y >= g.h ? -1 : (y - lo) * pitch1;
-              }
-            }
-            DepthwiseArgs a;
-            a.src = t.local, a.row_off = off, a.kernel = k1, a.stride = s1;
-            a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
-            a.bias = bias(Stage::start) + i * kUnit;
-            a.dst = front + (static_cast<std::ptrdiff_t>(i) * rows + r0) * g.w1 * kUnit;
-            a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
-            a.rows = n, a.cols = g.w1, a.act = d_.act[0];
-            k.depthwise(a);
-          }
+          DepthwiseArgs a;
+          a.src = t.local, a.kernel = k1, a.stride = s1, a.act = d_.act[0];
+          a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
+          a.bias = bias(Stage::start) + i * kUnit;
+          a.dst = front + static_cast<std::ptrdiff_t>(i) * rows * g.w1 * kUnit;
+          depthwise_pixels(k, a, g.top1, g.w1, n0 * g.w1, front_pixels.lo, front_pixels.hi,
+                           [&](int y) { return y < 0 || y >= g.h ? -1 : (y - lo) * pitch1; });
           if (!d_.expand && !d_.project) {
             const int channels = i + 1 == uo ? n_last : kUnit;
             for (int r = 0; r < rows; ++r) {
@@ -171,8 +191,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           }
         }
       });
-      t.sync();
     }
+    if (start) t.sync();
 
     // the product that reads the front or the input
     GemmArgs in;
@@ -221,48 +241,42 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       } else {
         // a thread expands its own units and runs the mid depthwise on them: no barrier in between
         float* base = expanded + (p.ring ? static_cast<std::ptrdiff_t>(c0) * plane2 : 0);
+        auto slot = [&](int e) { return (p.ring ? e : e - e0) % p.ring_rows; };
+        const Range before = t.pixels(n0 * g.w1, n1 * g.w1), after = t.pixels(o0 * g.w2, o1 * g.w2);
         const int task = std::max(2, std::min(kTask, (c1 - c0) / (4 * t.n) * 2));
         t.share(c1 - c0, task, [&](int first, int end) {
-          const Range u{first, end};
-          for (int i = u.lo; i < u.hi; ++i) {
+          // the borders belong to the pixels beside them
+          for (int i = first; i < end; ++i) {
             for (int e = n0; e < n1; ++e) {
-              float* row = base + i * plane2 + ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
-              std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
-              std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
+              float* row = base + i * plane2 + slot(e) * pitch2;
+              if (e * g.w1 >= before.lo && e * g.w1 < before.hi) std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
+              const int last = e * g.w1 + g.w1 - 1;
+              if (last >= before.lo && last < before.hi)
+                std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
             }
           }
           // rows of the ring are consecutive but for the wrap
-          for (int e = n0; u.lo < u.hi && e < n1;) {
-            const int slot = (p.ring ? e : e - e0) % p.ring_rows;
-            const int n = std::min(n1 - e, p.ring_rows - slot);
+          for (int e = n0; e < n1;) {
+            const int n = std::min(n1 - e, p.ring_rows - slot(e));
             GemmArgs s = a;
             s.a += (e - n0) * s.a_row;
-            s.rows = n, s.units = u.hi - u.lo;
-            s.b += u.lo * b_unit, s.bias += u.lo * kUnit;
-            s.c = base + u.lo * plane2 + slot * pitch2 + g.left2 * kUnit;
+            s.rows = n, s.units = end - first;
+            s.b += first * b_unit, s.bias += first * kUnit;
+            s.c = base + first * plane2 + slot(e) * pitch2 + g.left2 * kUnit;
             s.c_pix = kUnit, s.c_row = pitch2, s.c_unit = plane2;
-            k.gemm(s);
+            s.p_begin = std::max(0, before.lo - e * g.w1), s.p_end = std::min(n * g.w1, before.hi - e * g.w1);
+            if (s.p_end > s.p_begin) k.gemm(s);
             e += n;
           }
-          for (int r0 = o0; r0 < o1; r0 += kRowsAtOnce) {
-            std::ptrdiff_t off[kRowsAtOnce * 5];
-            const int n = std::min(kRowsAtOnce, o1 - r0);
-            for (int r = 0; r < n; ++r) {
-              for (int ky = 0; ky < k2; ++ky) {
-                const int e = (r0 + r) * s2 - g.top2 + ky;
-                off[r * k2 + ky] = e < 0 || e >= g.h1 ? -1 : ((p.ring ? e : e - e0) % p.ring_rows) * pitch2;
-              }
-            }
-            for (int i = u.lo; i < u.hi; ++i) {
-              DepthwiseArgs m;
-              m.src = base + i * plane2, m.row_off = off, m.kernel = k2, m.stride = s2;
-              m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + i) * k2 * k2 * kUnit;
-              m.bias = bias(Stage::mid) + (c0 + i) * kUnit;
-              m.dst = middle + i * middle_plane + static_cast<std::ptrdiff_t>(r0 - o0) * g.w2 * kUnit;
-              m.dst_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit;
-              m.rows = n, m.cols = g.w2, m.act = d_.act[2];
-              k.depthwise(m);
-            }
+          if (t.own_pixels) t.meet();
+          for (int i = first; i < end; ++i) {
+            DepthwiseArgs m;
+            m.src = base + i * plane2, m.kernel = k2, m.stride = s2, m.act = d_.act[2];
+            m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + i) * k2 * k2 * kUnit;
+            m.bias = bias(Stage::mid) + (c0 + i) * kUnit;
+            m.dst = middle + i * middle_plane;
+            depthwise_pixels(k, m, g.top2, g.w2, o0 * g.w2, after.lo, after.hi,
+                             [&](int e) { return e < 0 || e >= g.h1 ? -1 : slot(e) * pitch2; });
           }
         });
       }
@@ -280,7 +294,11 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       const Upcoming up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
       (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.tid);
       gemm_split(k, t, b);
-      t.sync();
+      if (t.own_pixels) {
+        if (mid && c1 < ue) t.meet();  // others may still read the expanded rows of this chunk
+      } else {
+        t.sync();
+      }
     }
     if (!d_.expand && d_.project) {
       GemmArgs b = in;
@@ -295,10 +313,19 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
   }
 }
 
-// Without a mid depthwise rows are independent: with enough pixels each thread takes its own rows and needs no barrier.
-bool Block::split_rows(const Geometry& g, int threads) const {
-  if (has(Stage::mid) || g.h2 < 2 * threads) return false;
-  return d_.expand_kernel > 1 || static_cast<long long>(g.h2) * g.w2 >= 196LL * threads;
+// With own pixels a thread reads what it wrote itself, but for the neighbour rows of a depthwise: little goes from core
+// to core, and a block needs one barrier inside. With few pixels each thread would read all weights for a short
+// product: then units are dealt out. Large images whose expanded rows do not fit are cut into rows; a few of them are
+// computed twice.
+Block::Share Block::share_of(const Geometry& g, int threads) const {
+  const bool mid = has(Stage::mid), rows = g.h2 >= (mid ? 12 : 2) * threads;
+  if (d_.expand_kernel > 1) return rows ? Share::rows : Share::tickets;
+  const long long pixels = static_cast<long long>(g.h1) * g.w1;
+  if (!mid && rows && pixels >= 196LL * threads) return Share::rows;
+  const bool whole = plan(g, g.h2, threads).band >= g.h2;
+  if (!whole) return rows ? Share::rows : Share::tickets;
+  return (d_.expand || d_.project) && pixels >= static_cast<long long>(kOwnPixels) * threads ? Share::pixels
+                                                                                             : Share::tickets;
 }
 
 // Channels of the last unit to write. A residual from a tensor with consecutive channels has no padding to read.
@@ -340,7 +367,8 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
     run_rows(*r.kernels, member(solo, 0, 1, r.scratch(r.tid)), x.at(i), out.at(i), n_last, g, 0, g.h2);
   });
   if (whole == n) return r.n == 1;
-  if (split_rows(g, r.n)) {
+  const Share share = share_of(g, r.n);
+  if (share == Share::rows) {
     const Range rows = split(g.h2, r.n, r.tid);
     const Plan part = plan(g, rows.hi - rows.lo, 1);
     for (int i = whole; i < n; ++i) {
@@ -350,8 +378,16 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   }
   const Plan team = plan(g, g.h2, r.n);
   if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
+  Team t = member(team, r.tid, r.n, r.arena);
+  if (share == Share::pixels) {
+    t.own_pixels = true;
+    for (int i = whole; i < n; ++i) {
+      if (i > whole && has(Stage::mid)) t.meet();  // others may still read the expanded rows of the image before
+      run_rows(*r.kernels, t, x.at(i), out.at(i), n_last, g, 0, g.h2);
+    }
+    return false;
+  }
   // run_rows leaves its team synchronized
-  const Team t = member(team, r.tid, r.n, r.arena);
   for (int i = whole; i < n; ++i) run_rows(*r.kernels, t, x.at(i), out.at(i), n_last, g, 0, g.h2);
   r.first_ticket = t.first_ticket;
   return true;
@@ -366,7 +402,7 @@ std::size_t Block::scratch_floats(int h, int w, int threads) const {
   std::size_t most = need(g.h2, 1);
   if (threads > 1) {
     most = std::max(most, need(g.h2, threads));
-    if (split_rows(g, threads))
+    if (share_of(g, threads) == Share::rows)
       most = std::max(most, std::max(need(g.h2 / threads, 1), need((g.h2 + threads - 1) / threads, 1)));
   }
   return most;

@@ -65,6 +65,15 @@ struct Upcoming {
   }
 };
 
+/// The half-open part of n that thread tid of `parts` takes.
+struct Range {
+  int lo, hi;
+};
+inline Range split(int n, int parts, int tid) {
+  return {static_cast<int>(static_cast<long long>(n) * tid / parts),
+          static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
+}
+
 /// The threads that work on one image together, and their scratch.
 struct Team {
   int tid = 0, n = 1;
@@ -73,12 +82,13 @@ struct Team {
   float* local = nullptr;
   std::atomic<int>* tickets = nullptr;  // null: equal parts
   mutable int first_ticket = 0;
-  Upcoming after;  // of the next block
+  bool own_pixels = false;  // each thread keeps to its own pixels of every stage, for all channels
+  Upcoming after;           // of the next block
   /// Calls f(lo, hi) on parts of [0, count): all of it alone, otherwise parts of `size` as threads become free, since a
   /// thread may be slowed down by others on its core. Each thread draws one ticket that is too high.
   template <class F>
   void share(int count, int size, F f) const {
-    if (n == 1) {
+    if (n == 1 || own_pixels) {
       if (count > 0) f(0, count);
       return;
     }
@@ -91,8 +101,19 @@ struct Team {
     for (int i; (i = tickets->fetch_add(1, std::memory_order_relaxed) - first_ticket) < parts;) part(i);
     first_ticket += parts + n;
   }
-  void sync() const {
+  /// Before what others have made is read, with or without pixels of one's own.
+  void meet() const {
     if (n > 1) barrier->wait(tid, n);
+  }
+  /// Between stages that read what was dealt out before them; a thread that keeps to its pixels made it itself.
+  void sync() const {
+    if (!own_pixels) meet();
+  }
+  /// The pixels of [lo, hi) that this thread computes.
+  Range pixels(int lo, int hi) const {
+    if (!own_pixels) return {lo, hi};
+    const Range r = split(hi - lo, n, tid);
+    return {lo + r.lo, lo + r.hi};
   }
 };
 
@@ -182,7 +203,9 @@ class Block {
  private:
   Plan plan(const Geometry& g, int rows, int team) const;
   int last_channels(const View& x, bool padded) const;
-  bool split_rows(const Geometry& g, int threads) const;
+  /// How the threads share one image.
+  enum class Share { rows, pixels, tickets };
+  Share share_of(const Geometry& g, int threads) const;
   void run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g,
                 int y0, int y1) const;
   const float* weight(Stage s) const { return data_.get() + weight_[static_cast<int>(s)]; }
@@ -194,16 +217,13 @@ class Block {
   Buffer data_;
 };
 
-/// The half-open part of n that thread tid of `parts` takes.
-struct Range {
-  int lo, hi;
-};
-inline Range split(int n, int parts, int tid) {
-  return {static_cast<int>(static_cast<long long>(n) * tid / parts),
-          static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
-}
-
 inline constexpr int kPatches = 12;  // border pixels of a dense convolution handled together
+
+/// Images of few channels are copied between zero borders, some rows at a time: memory is read in order, and no window
+/// is cut off.
+inline bool copies_rows(const BlockDesc& d) { return d.expand_kernel > 1 && d.c_in <= 4; }
+/// Floats of the copy for up to `rows` output rows.
+std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows);
 
 /// Dense k x k convolution over output rows [y0, y1); `to` says where row y0 goes. Pixels whose window lies inside of
 /// the image read the input in place, the others a copied patch.

@@ -7,6 +7,7 @@ namespace mnv4 {
 namespace {
 
 constexpr int kMaxRuns = 1024;  // runs of one product; a window of more takes the copied patches
+constexpr int kCopiedRows = 8;  // output rows whose input is copied at once
 
 // copies the k x k patch of output pixel (y, x) in the order of the packed weights, zero outside of the image
 void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int x, float* dst) {
@@ -31,8 +32,11 @@ void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int
 
 }  // namespace
 
-void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                int y1, const GemmArgs& to) {
+namespace {
+
+// the convolution itself, whatever lies around the image
+void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
+             const GemmArgs& to) {
   const int n = d.expand_kernel, s = d.expand_stride, taps = n * n;
   // [ya, yb) x [xa, xb): windows inside of the image
   auto inside = [&](int before, int size, int out, int& lo, int& hi) {
@@ -110,6 +114,60 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
   for (int y = yb; y < y1; ++y) line(y, 0, g.w1, false);
   for (int x = 0; x < xa; ++x) line(ya, x, yb - ya, true);
   for (int x = xb; x < g.w1; ++x) line(ya, x, yb - ya, true);
+}
+
+}  // namespace
+
+std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows) {
+  const std::size_t pitch = static_cast<std::size_t>(g.left1) + g.w + g.right1;
+  return pitch * d.c_in * ((std::min(rows, kCopiedRows) - 1) * d.expand_stride + d.expand_kernel);
+}
+
+void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
+                int y1, const GemmArgs& to) {
+  if (!copies_rows(d)) return windows(k, t, v, d, g, y0, y1, to);
+  const int s = d.expand_stride, pitch = g.left1 + g.w + g.right1;
+  const bool pixels = v.chan == 1 && v.pix == d.c_in;
+  // the copy is an image of its own, with its borders inside
+  Geometry inner = g;
+  inner.w = pitch, inner.left1 = inner.right1 = inner.top1 = 0;
+  for (int lo = y0; lo < y1; lo += kCopiedRows) {
+    const int hi = std::min(y1, lo + kCopiedRows), first = lo * s - g.top1;
+    const int rows = (hi - 1 - lo) * s + d.expand_kernel;
+    View copy;
+    copy.p = t.local;
+    if (pixels) {
+      copy.unit = kUnit, copy.chan = 1, copy.pix = d.c_in, copy.row = static_cast<std::ptrdiff_t>(pitch) * d.c_in;
+    } else {
+      copy.chan = static_cast<std::ptrdiff_t>(rows) * pitch, copy.unit = copy.chan * kUnit, copy.pix = 1;
+      copy.row = pitch;
+    }
+    const int planes = pixels ? 1 : d.c_in, wide = pixels ? d.c_in : 1;
+    for (int c = 0; c < planes; ++c) {
+      for (int y = 0; y < rows; ++y) {
+        float* row = t.local + c * copy.chan * (pixels ? 0 : 1) + y * copy.row;
+        const int from = first + y;
+        if (from < 0 || from >= g.h) {
+          std::memset(row, 0, sizeof(float) * pitch * wide);
+          continue;
+        }
+        const float* src = v.p + from * v.row + c * v.chan;
+        float* image = row + g.left1 * wide;
+        std::memset(row, 0, sizeof(float) * g.left1 * wide);
+        std::memset(image + g.w * wide, 0, sizeof(float) * g.right1 * wide);
+        if (pixels || v.pix == 1) {
+          std::memcpy(image, src, sizeof(float) * g.w * wide);
+        } else {
+          for (int x = 0; x < g.w; ++x) image[x] = src[x * v.pix];
+        }
+      }
+    }
+    inner.h = rows, inner.h1 = hi - lo;
+    GemmArgs part = to;
+    part.c += (lo - y0) * to.c_row;
+    if (part.res != nullptr) part.res += (lo - y0) * to.r_row;
+    windows(k, t, copy, d, inner, 0, hi - lo, part);
+  }
 }
 
 }  // namespace mnv4

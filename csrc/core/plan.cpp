@@ -30,7 +30,8 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
       p.front = static_cast<std::size_t>(ui) * rows1 * g.w1 * kUnit;
       p.local = round_line(rows0 * pitch1 * kUnit);
     } else if (dense) {
-      p.local = round_line(static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in);
+      const std::size_t patches = static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in;
+      p.local = round_line(copies_rows(d_) ? copied_floats(d_, g, band) : patches);
     }
     if (mid) {
       p.ring_rows = rows1;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "core/cpu_features.h"
+
 namespace mnv4 {
 namespace {
 
@@ -19,9 +21,9 @@ const Head* head(const Op& op) {
 int inputs(const Op& op) { return block(op) != nullptr ? block(op)->desc().c_in : head(op)->desc().c_in; }
 
 // canonical channels_last
-Tensor image_tensor(float* p, int channels, const Geometry& g) {
-  const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(g.w2) * channels;
-  return strided_tensor(p, row * g.h2, 1, row, channels);
+Tensor image_tensor(float* p, int channels, int h, int w) {
+  const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(w) * channels;
+  return strided_tensor(p, row * h, 1, row, channels);
 }
 
 Pair pair_at(const std::vector<Op>& ops, std::size_t i, int h, int w) {
@@ -31,11 +33,10 @@ Pair pair_at(const std::vector<Op>& ops, std::size_t i, int h, int w) {
 
 struct Call {
   const std::vector<Op>* ops;
+  const ProgramPlan* plan;
   const KernelTable* kernels;
   Tensor x;
-  int n, h, w;
   float *out, *workspace, *arena;
-  std::size_t scratch;
   double* seconds;
   std::atomic<int> tickets{0};
   Barrier barrier{0};
@@ -43,57 +44,97 @@ struct Call {
 
 using Clock = std::chrono::steady_clock;
 
+// What a thread walks through a list.
+class Walk {
+ public:
+  Walk(const Call& c, const Region& r) : c_(c), r_(r), lap_(Clock::now()) {}
+
+  struct State {
+    Tensor x;
+    int h, w;
+  };
+
+  /// Operations [from, to) on a batch; what lies between them alternates between the two halves, the last one writes
+  /// `final`.
+  State run(std::size_t from, std::size_t to, State s, int n, float* const half[2], const Tensor& final, bool padded,
+            const Region& r) {
+    const std::vector<Op>& ops = *c_.ops;
+    for (std::size_t i = from; i < to; ++i) {
+      if (const Head* last = head(ops[i])) {
+        last->run(r, s.x, c_.out, n, s.h, s.w);
+        lap(i);
+        return s;
+      }
+      const Pair& pair = c_.plan->pairs[i];
+      const std::size_t first = i;
+      if (pair.band > 0) ++i;
+      Region here = r;
+      here.after = i + 1 < ops.size() && block(ops[i + 1]) != nullptr ? block(ops[i + 1])->upcoming() : Upcoming{};
+      const BlockDesc& d = block(ops[i])->desc();
+      Geometry g = geometry(block(ops[first])->desc(), s.h, s.w);
+      if (i > first) g = geometry(d, g.h2, g.w2);
+      const bool end = i + 1 == to;
+      const Tensor out = end ? final : blocked_tensor(half[i % 2], d.c_out, g.h2, g.w2);
+      bool together = false;
+      if (i > first) {
+        run_pair(pair, here, *block(ops[first]), *block(ops[i]), s.x, out, !end || padded, n, s.h, s.w);
+      } else {
+        together = block(ops[i])->run(here, s.x, out, !end || padded, n, s.h, s.w);
+      }
+      r.first_ticket = here.first_ticket;
+      if (!together && r.n > 1) r.barrier->wait(r.tid, r.n);
+      lap(first);
+      s = {out, g.h2, g.w2};
+    }
+    return s;
+  }
+
+ private:
+  void lap(std::size_t i) {
+    if (c_.seconds == nullptr || r_.tid != 0) return;
+    const auto t = Clock::now();
+    c_.seconds[i] += std::chrono::duration<double>(t - lap_).count();
+    lap_ = t;
+  }
+  const Call& c_;
+  const Region& r_;
+  Clock::time_point lap_;
+};
+
+Tensor one_image(const Tensor& t, int i) { return {t.at(i), 0}; }
+
 void body(void* ctx, int tid, int threads) {
   Call& c = *static_cast<Call*>(ctx);
   const std::vector<Op>& ops = *c.ops;
+  const ProgramPlan& p = *c.plan;
   Region r;
-  r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = c.scratch, r.tid = tid,
+  r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = p.scratch, r.tid = tid,
   r.n = threads;
   r.tickets = &c.tickets;
-  float* half[2] = {c.workspace, c.workspace + workspace_floats(ops, c.n, c.h, c.w) / 2};
-  Tensor x = c.x;
-  int h = c.h, w = c.w;
-  auto t0 = Clock::now();
-  auto lap = [&](std::size_t i) {
-    if (c.seconds == nullptr || tid != 0) return;
-    const auto t = Clock::now();
-    c.seconds[i] = std::chrono::duration<double>(t - t0).count();
-    t0 = t;
-  };
-  for (std::size_t i = 0; i < ops.size(); ++i) {
-    if (const Head* last = head(ops[i])) {
-      last->run(r, x, c.out, c.n, h, w);
-      lap(i);
-      return;
-    }
-    const Pair pair = pair_at(ops, i, h, w);
-    const std::size_t following = i + (pair.band > 0 ? 2 : 1);
-    r.after =
-        following < ops.size() && block(ops[following]) != nullptr ? block(ops[following])->upcoming() : Upcoming{};
-    if (pair.band > 0) {
-      const Geometry first = geometry(block(ops[i])->desc(), h, w);
-      const BlockDesc& d = block(ops[i + 1])->desc();
-      const Geometry g = geometry(d, first.h2, first.w2);
-      const bool last = i + 2 == ops.size();
-      run_pair(pair, r, *block(ops[i]), *block(ops[i + 1]), x,
-               last ? image_tensor(c.out, d.c_out, g) : blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2), !last,
-               c.n, h, w);
-      if (threads > 1) c.barrier.wait(tid, threads);
-      lap(i);
-      x = blocked_tensor(half[(i + 1) % 2], d.c_out, g.h2, g.w2);
-      h = g.h2, w = g.w2;
-      ++i;
-      continue;
-    }
-    const Block& b = *block(ops[i]);
-    const Geometry g = geometry(b.desc(), h, w);
-    const int channels = b.desc().c_out;
-    const bool last = i + 1 == ops.size();
-    const Tensor to = last ? image_tensor(c.out, channels, g) : blocked_tensor(half[i % 2], channels, g.h2, g.w2);
-    if (!b.run(r, x, to, !last, c.n, h, w)) c.barrier.wait(tid, threads);
-    lap(i);
-    x = to, h = g.h2, w = g.w2;
+  Walk walk(c, r);
+  float* half[2] = {c.workspace, c.workspace + p.between};
+  Walk::State s{c.x, p.h, p.w};
+  const Shape shape = output_shape(ops, p.n, p.h, p.w);
+  const auto end = [&] { return image_tensor(c.out, shape.c, shape.h, shape.w); };
+  if (p.prefix > 0) {
+    // no barrier until each thread has taken its images through: they stay in its cache
+    const Shape after = output_shape({ops.begin(), ops.begin() + static_cast<std::ptrdiff_t>(p.prefix)}, p.n, p.h, p.w);
+    const bool all = p.prefix == ops.size();
+    const Tensor to = all ? end() : blocked_tensor(half[(p.prefix - 1) % 2], after.c, after.h, after.w);
+    Region alone = r;
+    alone.tid = 0, alone.n = 1, alone.arena = r.scratch(tid), alone.tickets = nullptr;
+    const auto image = [&](int i, const Region& by, int owner) {
+      float* own = c.workspace + 2 * (p.between + owner * p.image);
+      float* const halves[2] = {own, own + p.image};
+      walk.run(0, p.prefix, {one_image(c.x, i), p.h, p.w}, 1, halves, one_image(to, i), !all, by);
+    };
+    const int whole = p.n / threads * threads;
+    r.each_image(whole, [&](int i) { image(i, alone, tid); });
+    if (threads > 1) r.barrier->wait(tid, threads);
+    for (int i = whole; i < p.n; ++i) image(i, r, 0);
+    s = {to, after.h, after.w};
   }
+  walk.run(p.prefix, ops.size(), s, p.n, half, end(), false, r);
 }
 
 }  // namespace
@@ -125,45 +166,77 @@ Shape output_shape(const std::vector<Op>& ops, int n, int h, int w) {
   return s;
 }
 
-std::size_t workspace_floats(const std::vector<Op>& ops, int n, int h, int w) {
-  std::size_t most = 0;
-  for (std::size_t i = 0; i + 1 < ops.size(); ++i) {
-    const Block* b = block(ops[i]);
-    const Geometry g = geometry(b->desc(), h, w);
-    const bool inside = pair_at(ops, i, h, w).band > 0;  // the image between a pair is never whole
-    if (!inside) most = std::max(most, static_cast<std::size_t>(n) * units_of(b->desc().c_out) * kUnit * g.h2 * g.w2);
-    h = g.h2, w = g.w2;
+namespace {
+
+// Image by image as long as a batch of a thread's images is too large for its cache, and weights are what weighs less.
+std::size_t prefix_of(const std::vector<Op>& ops, const std::vector<Pair>& pairs, int n, int h, int w, int threads) {
+  const std::size_t each = static_cast<std::size_t>(n / threads), l2 = cpu_info().l2 / sizeof(float);
+  if (each < 2) return 0;
+  std::size_t i = 0;
+  while (i < ops.size() && block(ops[i]) != nullptr) {
+    const std::size_t last = i + (pairs[i].band > 0);
+    const BlockDesc& d = block(ops[last])->desc();
+    const std::size_t in = static_cast<std::size_t>(units_of(block(ops[i])->desc().c_in)) * kUnit * h * w;
+    std::size_t weights = 0;
+    for (std::size_t j = i; j <= last; ++j) {
+      const Geometry g = geometry(block(ops[j])->desc(), h, w);
+      h = g.h2, w = g.w2;
+      weights += block(ops[j])->blob_floats();
+    }
+    const std::size_t images = in + static_cast<std::size_t>(units_of(d.c_out)) * kUnit * h * w;
+    if (each * images < l2 / 2 || weights > images) break;
+    i = last + 1;
   }
-  return 2 * most;
+  return i;
 }
 
-std::size_t scratch_floats(const std::vector<Op>& ops, int h, int w, int threads) {
-  std::size_t most = 0;
+}  // namespace
+
+ProgramPlan plan_program(const std::vector<Op>& ops, int n, int h, int w, int threads) {
+  ProgramPlan p;
+  p.n = n, p.h = h, p.w = w, p.threads = threads;
+  p.pairs.resize(ops.size());
+  int y = h, x = w;
   for (std::size_t i = 0; i < ops.size(); ++i) {
     const Op& op = ops[i];
+    p.pairs[i] = i > 0 && p.pairs[i - 1].band > 0 ? Pair{} : pair_at(ops, i, y, x);
     // a region may get fewer threads than asked for
     for (int t = 1; t <= threads; ++t) {
       const std::size_t need =
-          block(op) != nullptr ? block(op)->scratch_floats(h, w, t) : head(op)->scratch_floats(h, w, t);
-      most = std::max(most, (need * t + threads - 1) / threads);
-      if (t == 1) most = std::max(most, need);
+          block(op) != nullptr ? block(op)->scratch_floats(y, x, t) : head(op)->scratch_floats(y, x, t);
+      p.scratch = std::max(p.scratch, (need * t + threads - 1) / threads);
+      if (t == 1) p.scratch = std::max(p.scratch, need);
     }
-    most = std::max(most, pair_at(ops, i, h, w).scratch);
+    p.scratch = std::max(p.scratch, p.pairs[i].scratch);
     if (const Block* b = block(op)) {
-      const Geometry g = geometry(b->desc(), h, w);
-      h = g.h2, w = g.w2;
+      const Geometry g = geometry(b->desc(), y, x);
+      y = g.h2, x = g.w2;
     }
   }
-  return (most + 15) / 16 * 16;
+  p.scratch = (p.scratch + 15) / 16 * 16;
+  p.prefix = prefix_of(ops, p.pairs, n, h, w, threads);
+  for (std::size_t i = 0; i + 1 < ops.size(); ++i) {
+    const BlockDesc& d = block(ops[i])->desc();
+    const Geometry g = geometry(d, h, w);
+    const std::size_t floats = static_cast<std::size_t>(units_of(d.c_out)) * kUnit * g.h2 * g.w2;
+    h = g.h2, w = g.w2;
+    if (p.pairs[i].band > 0) continue;  // the image between a pair is never whole
+    if (i + 1 < p.prefix) {
+      p.image = std::max(p.image, floats);
+    } else {
+      p.between = std::max(p.between, floats * n);
+    }
+  }
+  return p;
 }
 
-void run(const std::vector<Op>& ops, const KernelTable& kernels, const Tensor& x, int n, int h, int w, float* out,
-         float* workspace, float* arena, std::size_t scratch, int threads, double* seconds) {
+void run(const std::vector<Op>& ops, const ProgramPlan& plan, const KernelTable& kernels, const Tensor& x, float* out,
+         float* workspace, float* arena, double* seconds) {
+  if (plan.n == 0) return;
   Call c;
-  c.seconds = seconds;
-  c.ops = &ops, c.kernels = &kernels, c.x = x, c.n = n, c.h = h, c.w = w;
-  c.out = out, c.workspace = workspace, c.arena = arena, c.scratch = scratch;
-  parallel_run(threads, body, &c);
+  c.ops = &ops, c.plan = &plan, c.kernels = &kernels, c.x = x;
+  c.out = out, c.workspace = workspace, c.arena = arena, c.seconds = seconds;
+  parallel_run(plan.threads, body, &c);
 }
 
 }  // namespace mnv4

@@ -29,14 +29,22 @@ void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, co
 std::string check(const std::vector<Op>& ops);
 Shape output_shape(const std::vector<Op>& ops, int n, int h, int w);
 
-/// Floats of caller-owned memory for the activations between blocks.
-std::size_t workspace_floats(const std::vector<Op>& ops, int n, int h, int w);
-/// Floats of scratch of each thread.
-std::size_t scratch_floats(const std::vector<Op>& ops, int h, int w, int threads);
+/// How a list runs on inputs of one size.
+struct ProgramPlan {
+  int n = 0, h = 0, w = 0, threads = 1;
+  std::size_t prefix = 0;   // operations at the front that a thread runs image by image
+  std::vector<Pair> pairs;  // of each operation with the one after it
+  std::size_t scratch = 0;  // floats of each thread
+  std::size_t between = 0;  // floats of the largest batch between operations
+  std::size_t image = 0;    // floats of the largest image inside of the prefix
+  /// Floats of caller-owned memory for the activations between operations.
+  std::size_t workspace() const { return 2 * (between + image * threads); }
+};
+ProgramPlan plan_program(const std::vector<Op>& ops, int n, int h, int w, int threads);
 
 /// Runs the list. `seconds`, when given, receives the time of each op (thread 0). out is canonical channels_last, or
 /// [n, features] after a head. `arena` holds threads * scratch floats.
-void run(const std::vector<Op>& ops, const KernelTable& kernels, const Tensor& x, int n, int h, int w, float* out,
-         float* workspace, float* arena, std::size_t scratch, int threads, double* seconds = nullptr);
+void run(const std::vector<Op>& ops, const ProgramPlan& plan, const KernelTable& kernels, const Tensor& x, float* out,
+         float* workspace, float* arena, double* seconds = nullptr);
 
 }  // namespace mnv4

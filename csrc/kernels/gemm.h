@@ -263,7 +263,12 @@ void gemm(const GemmArgs& g) {
   const std::ptrdiff_t end = g.p_end >= 0 ? g.p_end : static_cast<std::ptrdiff_t>(g.rows) * g.cols;
   std::ptrdiff_t y = g.p_begin / g.cols, x = g.p_begin % g.cols;
   for (std::ptrdiff_t p = g.p_begin; p < end;) {
-    const int n = static_cast<int>(end - p < kStrip ? end - p : kStrip);
+    int n = static_cast<int>(end - p < kStrip ? end - p : kStrip);
+    if (!one_row) {
+      // tiles do not run on into the next row: a strip ends where a row does
+      const std::ptrdiff_t row = g.cols - x;
+      if (row <= n && n < end - p) n = static_cast<int>(row + (n - row) / g.cols * g.cols);
+    }
     for (int i = 0; i < n;) {
       const int count = static_cast<int>(g.cols - x < n - i ? g.cols - x : n - i);
       const std::ptrdiff_t a0 = y * g.a_row + x * g.a_pix, c0 = y * g.c_row + x * g.c_pix,

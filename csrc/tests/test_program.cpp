@@ -146,12 +146,11 @@ void run_case(Random& r, int number) {
                                (paired ? " pair" : "") + ": " + list.text() + " image " + std::to_string(n) + "x" +
                                std::to_string(h) + "x" + std::to_string(w) + " from " + name_of(layout);
       if (std::getenv("MNV4_OPS_TEST_VERBOSE") != nullptr) std::fprintf(stderr, "%s\n", what.c_str());
-      const std::size_t scratch = scratch_floats(list.ops, h, w, threads);
-      const Guarded arena(scratch * threads, r.chance(70)),
-          workspace(workspace_floats(list.ops, n, h, w), r.chance(70));
+      const ProgramPlan plan = plan_program(list.ops, n, h, w, threads);
+      const Guarded arena(plan.scratch * threads, r.chance(70)), workspace(plan.workspace(), r.chance(70));
       out_floats = static_cast<std::size_t>(n) * shape.c * ho * wo;
       const Guarded output(out_floats, r.chance(70));
-      run(list.ops, *kernels, x, n, h, w, output.data(), workspace.data(), arena.data(), scratch, threads);
+      run(list.ops, plan, *kernels, x, output.data(), workspace.data(), arena.data());
       const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(wo) * shape.c;
       if (variant == 0) {
         check_output(output, strided_tensor(output.data(), row * ho, 1, row, shape.c), false, want, what);

@@ -90,13 +90,14 @@ class Program:
         self.natives = tuple(native for native, _ in parts)
         self.native = _native.core.Program(list(self.natives))
         self.c_in = parts[0][1].c_in
-        self._shapes: dict[tuple[int, int, int], tuple[tuple[int, ...], int]] = {}
+        self._shapes: dict[tuple[int, int, int, int], tuple[tuple[int, ...], int]] = {}
 
     def run(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        known = self._shapes.get((n, h, w))
+        threads = torch.get_num_threads()
+        known = self._shapes.get((n, h, w, threads))
         if known is None:
-            known = self._meet(n, h, w)
+            known = self._meet(n, h, w, threads)
         shape, size = known
         if len(shape) == 4:
             out = torch.empty(shape, dtype=torch.float32, device=_CPU, memory_format=torch.channels_last)
@@ -104,16 +105,15 @@ class Program:
             out = torch.empty(shape, dtype=torch.float32, device=_CPU)
         if n:
             memory = workspace(size)
-            threads = torch.get_num_threads()
             self.native.run(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), memory.data_ptr(), threads)
         return out
 
-    def _meet(self, n: int, h: int, w: int) -> tuple[tuple[int, ...], int]:
+    def _meet(self, n: int, h: int, w: int, threads: int) -> tuple[tuple[int, ...], int]:
         if len(self._shapes) >= 64:
             self._shapes.clear()
         native = self.native
-        known = (native.output_shape(n, h, w), native.workspace_bytes(n, h, w, torch.get_num_threads()))
-        self._shapes[n, h, w] = known
+        known = (native.output_shape(n, h, w), native.workspace_bytes(n, h, w, threads))
+        self._shapes[n, h, w, threads] = known
         return known
 
 
