@@ -91,7 +91,7 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
   // groups of units, each in parts of pixels where there are few groups
   const int size = g.units >= 4 * kTask * t.n ? kTask : 2, groups = (g.units + size - 1) / size;
   const int parts = std::max(1, std::min((4 * t.n + groups - 1) / groups, pixels / 24));
-  t.share(groups * parts, 1, [&](int i, int) {
+  t.share(groups * parts, 1, [&](int i, int, int next) {
     const int lo = i / parts * size, hi = std::min(g.units, lo + size);
     const Range p = split(pixels, parts, i % parts);
     GemmArgs part = g;
@@ -102,6 +102,7 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
     if (g.res != nullptr) part.res += lo * g.r_unit;
     part.units = hi - lo;
     part.p_begin = p.lo, part.p_end = p.hi;
+    if (next >= 0) part.then = g.b + next / parts * size * g.b_unit, part.then_unit = g.b_unit;
     k.gemm(part);
   });
 }
@@ -172,7 +173,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     const Range front_pixels = t.pixels(n0 * g.w1, n1 * g.w1);
     if (start && front_pixels.hi > front_pixels.lo) {
       const int lo = front_pixels.lo / g.w1 * s1 - g.top1, hi = (front_pixels.hi - 1) / g.w1 * s1 - g.top1 + k1;
-      t.share(ui, 1, [&](int first, int end) {
+      t.share(ui, 1, [&](int first, int end, int) {
         for (int i = first; i < end; ++i) {
           load_rows(k, x, i, std::min(kUnit, d_.c_in - i * kUnit), g, lo, hi, t.local);
           DepthwiseArgs a;
@@ -223,7 +224,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       a.act = d_.act[1], a.units = c1 - c0, a.rows = rows;
       const Upcoming down{weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit,
                           static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, uo};
-      (d_.project ? down : t.after).announce(a, t.tid);
+      (d_.project ? down : t.after).announce(a, t.own_pixels ? 0 : t.tid, t.n);
       if (!mid) {
         if (d_.project) {
           a.c = middle, a.c_pix = kUnit, a.c_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit, a.c_unit = middle_plane;
@@ -244,7 +245,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         auto slot = [&](int e) { return (p.ring ? e : e - e0) % p.ring_rows; };
         const Range before = t.pixels(n0 * g.w1, n1 * g.w1), after = t.pixels(o0 * g.w2, o1 * g.w2);
         const int task = std::max(2, std::min(kTask, (c1 - c0) / (4 * t.n) * 2));
-        t.share(c1 - c0, task, [&](int first, int end) {
+        t.share(c1 - c0, task, [&](int first, int end, int next) {
           // the borders belong to the pixels beside them
           for (int i = first; i < end; ++i) {
             for (int e = n0; e < n1; ++e) {
@@ -261,6 +262,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
             GemmArgs s = a;
             s.a += (e - n0) * s.a_row;
             s.rows = n, s.units = end - first;
+            if (next >= 0) s.then = s.b + next * b_unit, s.then_unit = b_unit;
             s.b += first * b_unit, s.bias += first * kUnit;
             s.c = base + first * plane2 + slot(e) * pitch2 + g.left2 * kUnit;
             s.c_pix = kUnit, s.c_row = pitch2, s.c_unit = plane2;
@@ -292,7 +294,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3];
       const int c2 = c1 < ue ? c1 : 0;  // the next chunk, or the first one of the next band
       const Upcoming up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
-      (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.tid);
+      (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.own_pixels ? 0 : t.tid, t.n);
       gemm_split(k, t, b);
       if (t.own_pixels) {
         if (mid && c1 < ue) t.meet();  // others may still read the expanded rows of this chunk
@@ -356,14 +358,14 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
     t.tid = tid, t.n = team, t.barrier = r.barrier;
     t.shared = base;
     t.after = r.after;
-    t.tickets = team > 1 ? r.tickets : nullptr, t.first_ticket = r.first_ticket;
+    t.draw = r.draw;
     t.local = base + p.shared() + tid * p.local;
     return t;
   };
   // whole images first, one thread each; what is left over is shared
   const int whole = n / r.n * r.n;
   const Plan solo = plan(g, g.h2, 1);
-  r.each_image(whole, [&](int i) {
+  r.draw->each(whole, [&](int i, int) {
     run_rows(*r.kernels, member(solo, 0, 1, r.scratch(r.tid)), x.at(i), out.at(i), n_last, g, 0, g.h2);
   });
   if (whole == n) return r.n == 1;
@@ -389,7 +391,6 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   }
   // run_rows leaves its team synchronized
   for (int i = whole; i < n; ++i) run_rows(*r.kernels, t, x.at(i), out.at(i), n_last, g, 0, g.h2);
-  r.first_ticket = t.first_ticket;
   return true;
 }
 

@@ -2,7 +2,6 @@
 // optional.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -10,6 +9,7 @@
 
 #include "core/kernels.h"
 #include "core/parallel.h"
+#include "core/tickets.h"
 
 namespace mnv4 {
 
@@ -59,20 +59,11 @@ struct Upcoming {
   const float* weight = nullptr;
   std::ptrdiff_t unit = 0;  // floats between units
   int units = 0;
-  /// Lets a thread of a team fetch what it is likely to take first.
-  void announce(GemmArgs& g, int tid) const {
-    if (weight != nullptr) g.then = weight + (kTask * tid < units ? kTask * tid : 0) * unit, g.then_unit = unit;
+  /// Lets thread tid of a team of n fetch what it takes first.
+  void announce(GemmArgs& g, int tid, int n) const {
+    if (weight != nullptr) g.then = weight + split(units, n, tid).lo / 2 * 2 * unit, g.then_unit = unit;
   }
 };
-
-/// The half-open part of n that thread tid of `parts` takes.
-struct Range {
-  int lo, hi;
-};
-inline Range split(int n, int parts, int tid) {
-  return {static_cast<int>(static_cast<long long>(n) * tid / parts),
-          static_cast<int>(static_cast<long long>(n) * (tid + 1) / parts)};
-}
 
 /// The threads that work on one image together, and their scratch.
 struct Team {
@@ -80,26 +71,20 @@ struct Team {
   Barrier* barrier = nullptr;
   float* shared = nullptr;
   float* local = nullptr;
-  std::atomic<int>* tickets = nullptr;  // null: equal parts
-  mutable int first_ticket = 0;
+  Draw* draw = nullptr;     // of a team of several
   bool own_pixels = false;  // each thread keeps to its own pixels of every stage, for all channels
   Upcoming after;           // of the next block
-  /// Calls f(lo, hi) on parts of [0, count): all of it alone, otherwise parts of `size` as threads become free, since a
-  /// thread may be slowed down by others on its core. Each thread draws one ticket that is too high.
+  /// Calls f(lo, hi, next) on parts of [0, count): all of it alone, otherwise parts of `size`, since a thread may be
+  /// slowed down by others on its core. `next` is where the part starts that comes after this one, -1 if none does.
   template <class F>
   void share(int count, int size, F f) const {
     if (n == 1 || own_pixels) {
-      if (count > 0) f(0, count);
+      if (count > 0) f(0, count, -1);
       return;
     }
-    const int parts = (count + size - 1) / size;
-    auto part = [&](int i) { f(i * size, i * size + size < count ? i * size + size : count); };
-    if (tickets == nullptr) {
-      for (int i = parts * tid / n; i < parts * (tid + 1) / n; ++i) part(i);
-      return;
-    }
-    for (int i; (i = tickets->fetch_add(1, std::memory_order_relaxed) - first_ticket) < parts;) part(i);
-    first_ticket += parts + n;
+    draw->each((count + size - 1) / size, [&](int i, int next) {
+      f(i * size, i * size + size < count ? i * size + size : count, next < 0 ? -1 : next * size);
+    });
   }
   /// Before what others have made is read, with or without pixels of one's own.
   void meet() const {
@@ -153,20 +138,7 @@ struct Region {
   std::size_t scratch_floats = 0;  // of one thread
   int tid = 0, n = 1;
   Upcoming after;
-  std::atomic<int>* tickets = nullptr;  // images and parts of images are taken as threads become free
-  mutable int first_ticket = 0;
-  /// Calls f(i) for the images of this thread, of `whole` in all; each thread draws one ticket that is too high.
-  /// Without tickets: equal parts.
-  template <class F>
-  void each_image(int whole, F f) const {
-    if (whole == 0) return;  // nothing drawn, so no barrier is needed before the next draw
-    if (tickets == nullptr) {
-      for (int i = tid * (whole / n); i < (tid + 1) * (whole / n); ++i) f(i);
-      return;
-    }
-    for (int i; (i = tickets->fetch_add(1, std::memory_order_relaxed) - first_ticket) < whole;) f(i);
-    first_ticket += whole + n;
-  }
+  Draw* draw = nullptr;  // images and parts of images
   float* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
 };
 

@@ -55,7 +55,7 @@ void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, co
     }
   };
   const int whole = n / r.n * r.n;
-  r.each_image(whole, [&](int i) { image(i, 0, gb.h2); });
+  r.draw->each(whole, [&](int i, int) { image(i, 0, gb.h2); });
   const Range rows = split(gb.h2, r.n, r.tid);
   for (int i = whole; i < n; ++i) image(i, rows.lo, rows.hi);
 }

@@ -38,7 +38,7 @@ struct Call {
   Tensor x;
   float *out, *workspace, *arena;
   double* seconds;
-  std::atomic<int> tickets{0};
+  Tickets tickets;
   Barrier barrier{0};
 };
 
@@ -81,7 +81,6 @@ class Walk {
       } else {
         together = block(ops[i])->run(here, s.x, out, !end || padded, n, s.h, s.w);
       }
-      r.first_ticket = here.first_ticket;
       if (!together && r.n > 1) r.barrier->wait(r.tid, r.n);
       lap(first);
       s = {out, g.h2, g.w2};
@@ -110,7 +109,8 @@ void body(void* ctx, int tid, int threads) {
   Region r;
   r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = p.scratch, r.tid = tid,
   r.n = threads;
-  r.tickets = &c.tickets;
+  Draw draw(&c.tickets, tid, threads);
+  r.draw = &draw;
   Walk walk(c, r);
   float* half[2] = {c.workspace, c.workspace + p.between};
   Walk::State s{c.x, p.h, p.w};
@@ -122,14 +122,15 @@ void body(void* ctx, int tid, int threads) {
     const bool all = p.prefix == ops.size();
     const Tensor to = all ? end() : blocked_tensor(half[(p.prefix - 1) % 2], after.c, after.h, after.w);
     Region alone = r;
-    alone.tid = 0, alone.n = 1, alone.arena = r.scratch(tid), alone.tickets = nullptr;
+    Draw single(nullptr, 0, 1);
+    alone.tid = 0, alone.n = 1, alone.arena = r.scratch(tid), alone.draw = &single;
     const auto image = [&](int i, const Region& by, int owner) {
       float* own = c.workspace + 2 * (p.between + owner * p.image);
       float* const halves[2] = {own, own + p.image};
       walk.run(0, p.prefix, {one_image(c.x, i), p.h, p.w}, 1, halves, one_image(to, i), !all, by);
     };
     const int whole = p.n / threads * threads;
-    r.each_image(whole, [&](int i) { image(i, alone, tid); });
+    draw.each(whole, [&](int i, int) { image(i, alone, tid); });
     if (threads > 1) r.barrier->wait(tid, threads);
     for (int i = whole; i < p.n; ++i) image(i, r, 0);
     s = {to, after.h, after.w};

@@ -9,6 +9,7 @@ struct Job {
   const Block* block;
   Region region;
   Barrier barrier;
+  Tickets* tickets;
   Tensor x, out;
   bool padded;
   int n, h, w;
@@ -16,7 +17,8 @@ struct Job {
 
 void run(const Block& block, const KernelTable& kernels, const Tensor& x, const Tensor& out, bool padded, int n, int h,
          int w, int threads, float* arena) {
-  Job job{&block, {}, Barrier{0}, x, out, padded, n, h, w};
+  Tickets tickets;
+  Job job{&block, {}, Barrier{0}, &tickets, x, out, padded, n, h, w};
   job.region.kernels = &kernels, job.region.barrier = &job.barrier, job.region.arena = arena;
   job.region.scratch_floats = block.scratch_floats(h, w, threads);
   parallel_run(
@@ -25,6 +27,8 @@ void run(const Block& block, const KernelTable& kernels, const Tensor& x, const 
         const Job& j = *static_cast<Job*>(p);
         Region r = j.region;
         r.tid = tid, r.n = team;
+        Draw draw(j.tickets, tid, team);
+        r.draw = &draw;
         j.block->run(r, j.x, j.out, j.padded, j.n, j.h, j.w);
       },
       &job);
