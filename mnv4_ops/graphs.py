@@ -166,7 +166,7 @@ class _Pool:
                 del self.recordings[key]
 
     def run(self, module: nn.Module, method: str, program: Any, x: Tensor) -> Tensor | None:
-        tf32 = x.dtype is torch.float32 and cuda.allow_tf32()
+        tf32 = cuda.precision() if x.dtype is torch.float32 else 0
         key = (id(module), method, x.shape, x.stride(), x.dtype, tf32)
         with self.lock, cuda.on_device(x.device):
             self._bury()

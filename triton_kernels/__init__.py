@@ -23,6 +23,8 @@ __all__ = ["Block", "Head", "tune"]
 def __getattr__(name: str) -> Any:
     if name in ("Block", "Head"):
         return getattr(importlib.import_module(".block", __name__), name)
+    if name in ("chain", "compile_ahead"):
+        return getattr(importlib.import_module(".chain", __name__), name)
     if name == "tune":
         return importlib.import_module(".tuner", __name__).tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

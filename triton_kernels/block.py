@@ -18,6 +18,8 @@ from .plan import Op, Packed, chain, fused, round_up
 ACTS = ("none", "relu", "relu6", "gelu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLANS = 64
+# bits of `allow_tf32`: in convolutions, in the classifier
+CONV_TF32, LINEAR_TF32 = 1, 2
 
 
 def _check(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -58,6 +60,7 @@ class _Runner:
         self.packed: dict[int, Packed] = {}
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._missing = True
+        self._strided = False
 
     def pack(
         self,
@@ -92,21 +95,19 @@ class _Runner:
         """Bytes of the packed parameters."""
         return sum(p.bytes for p in self.packed.values())
 
-    def _run(self, x: Tensor, out: Tensor, allow_tf32: bool, strided: bool = False) -> None:
+    def _run(self, x: Tensor, out: Tensor, allow_tf32: int) -> None:
         if self._missing:
             missing = sorted(s for s, p in self.packed.items() if not p.filled)
             raise RuntimeError(f"{type(self).__name__}.run: expected all stages packed, missing {missing}")
         n, _, h, w = x.shape
         if n == 0:
             return
-        strides = None
-        if not x.is_contiguous(memory_format=torch.channels_last) or x.data_ptr() % 16:
-            if strided and x.data_ptr() % 16 == 0:
-                strides = x.stride()
-            else:
-                x = x.contiguous(memory_format=torch.channels_last)
-                if x.data_ptr() % 16:
-                    x = x.clone(memory_format=torch.channels_last)
+        strides = self.reads(x)
+        if strides is False:
+            strides = None
+            x = x.contiguous(memory_format=torch.channels_last)
+            if x.data_ptr() % 16:
+                x = x.clone(memory_format=torch.channels_last)
         if out.data_ptr() % 16:
             aligned = torch.empty_like(out)
             self._run(x, aligned, allow_tf32)
@@ -118,12 +119,37 @@ class _Runner:
             self._start(plan, x, out)
             return
         if plan is None:
-            plan = self.plan(n, h, w, self.choose(n, h, w, allow_tf32), allow_tf32, strides)
+            plan = self.prepare(n, h, w, allow_tf32, strides)
         while (failed := self._start(plan, x, out)) is not None:
             plan = self.plan(n, h, w, plan.smaller(failed), allow_tf32, strides)
+        self._keep(key, plan)
+
+    def _keep(self, key: tuple, plan: Plan) -> None:
         self._plans[key] = plan
         if len(self._plans) > PLANS:
             self._plans.popitem(last=False)
+
+    def reads(self, x: Tensor) -> tuple[int, ...] | bool | None:
+        """None: as it lies, channels_last; strides: as it lies, by these; False: only a copy of it."""
+        if x.data_ptr() % 16:
+            return False
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        return x.stride() if self._strided else False
+
+    def ready(self, n: int, h: int, w: int, allow_tf32: int, strides: Any) -> Plan | None:
+        """The plan for a geometry, once it has run."""
+        plan = self._plans.get((n, h, w, allow_tf32, strides))
+        return plan if plan is not None and plan.ready else None
+
+    def prepare(self, n: int, h: int, w: int, allow_tf32: int, strides: Any) -> Plan:
+        """The plan for a geometry."""
+        key = (n, h, w, allow_tf32, strides)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self.plan(n, h, w, self.choose(n, h, w, allow_tf32), allow_tf32, strides)
+            self._keep(key, plan)
+        return plan
 
     def _start(self, plan: Plan, x: Tensor, out: Tensor) -> int | None:
         """Runs a plan; the index of the launch that the device has no room for, if there is one."""
@@ -150,14 +176,28 @@ class _Runner:
         plan.ready = all(launch.ready for launch in plan.launches)
         return None
 
-    def choose(self, n: int, h: int, w: int, allow_tf32: bool = False) -> Config:
+    def choose(self, n: int, h: int, w: int, allow_tf32: int = False) -> Config:
         raise NotImplementedError
 
-    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: bool = False, strides: Any = None) -> Plan:
+    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: int = False, strides: Any = None) -> Plan:
         raise NotImplementedError
 
-    def _precision(self, allow_tf32: bool) -> str:
-        return "tf32" if allow_tf32 and self.dtype == torch.float32 else "ieee"
+    def _precision(self, allow_tf32: int) -> str:
+        return "tf32" if allow_tf32 & CONV_TF32 and self.dtype == torch.float32 else "ieee"
+
+    def _measured(self, n: int, h: int, w: int, exact: bool) -> Config | None:
+        """The entry of the device's table, the user's own before the shipped one."""
+        if self.device.type != "cuda":
+            return None
+        from mnv4_ops import tuning
+
+        dtype = str(self.dtype).removeprefix("torch.") + ("" if exact or self.dtype != torch.float32 else "_tf32")
+        entries = tuning.table(torch.cuda.get_device_name(self.device))
+        found = config.lookup(entries, f"{dtype} {self.key}", n, h, w)
+        if found is None and self.dtype == torch.bfloat16:
+            # same bytes, same tensor cores
+            found = config.lookup(entries, f"float16 {self.key}", n, h, w)
+        return found
 
     def _sms(self) -> int:
         return config.device_limits(self.device.index or 0)[0] if self.device.type == "cuda" else 132
@@ -234,6 +274,8 @@ class Block(_Runner):
             )
         self.ops = chain(self.native)
         self.fused_ops = fused(self.ops)
+        first = self.ops[0]
+        self._strided = first.kind == "dense" and first.c_in <= 8 and not first.residual
         self.key = " | ".join(op.key for op in self.ops) + f" {padding}"
         self.choice: Config | None = None
         if start_kernel:
@@ -251,23 +293,16 @@ class Block(_Runner):
             h, w = op.out_hw(h, w)
         return n, self.native["c_out"], h, w
 
-    def run(self, x: Tensor, out: Tensor, *, allow_tf32: bool = False) -> None:
+    def run(self, x: Tensor, out: Tensor, *, allow_tf32: int = False) -> None:
         """Writes the block of `x` to `out` on the current stream. Scratch comes from torch's caching allocator."""
-        first = self.ops[0]
-        self._run(x, out, allow_tf32, strided=first.kind == "dense" and first.c_in <= 8 and not first.residual)
+        self._run(x, out, allow_tf32)
 
-    def choose(self, n: int, h: int, w: int, allow_tf32: bool = False) -> Config:
+    def choose(self, n: int, h: int, w: int, allow_tf32: int = False) -> Config:
         """The configuration for one geometry: `choice`, else the device's table, else the formula."""
         if self.choice is not None:
             return self.choice
         exact = self._precision(allow_tf32) == "ieee" and self.dtype == torch.float32
-        if self.device.type == "cuda":
-            name = config.table_name(torch.cuda.get_device_name(self.device))
-            dtype = str(self.dtype).removeprefix("torch.") + ("" if exact or self.dtype != torch.float32 else "_tf32")
-            entry = config.lookup(config.table(name), f"{dtype} {self.key}", n, h, w)
-            if entry is not None:
-                return entry
-        return self.by_formula(n, h, w, exact)
+        return self._measured(n, h, w, exact) or self.by_formula(n, h, w, exact)
 
     def by_formula(self, n: int, h: int, w: int, exact: bool) -> Config:
         """Fused where the matrices fit on the chip and there are programs enough, else one kernel per matrix."""
@@ -288,7 +323,7 @@ class Block(_Runner):
             h, w = op.out_hw(h, w)
         return {"fused": is_fused, "chunk": 0, "ops": configs}
 
-    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: bool = False, strides: Any = None) -> Plan:
+    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: int = False, strides: Any = None) -> Plan:
         """The launches for a given configuration."""
         ops = self.fused_ops if choice["fused"] else self.ops
         assert ops is not None
@@ -403,21 +438,26 @@ class Head(_Runner):
         """[N, features]."""
         return n, self.features
 
-    def run(self, x: Tensor, out: Tensor, *, allow_tf32: bool = False) -> None:
-        """Writes the head of `x` [N, c_in, H, W] to `out` [N, features] on the current stream."""
+    def run(self, x: Tensor, out: Tensor, *, allow_tf32: int = False) -> None:
+        """Writes the head of `x` [N, c_in, H, W] to `out` [N, features] on the current stream.
+
+        `allow_tf32`: True for the convolutions; 3 for the classifier too, which torch runs under another setting.
+        """
         self._run(x, out, allow_tf32)
 
-    def choose(self, n: int, h: int, w: int, allow_tf32: bool = False) -> Config:
+    def choose(self, n: int, h: int, w: int, allow_tf32: int = False) -> Config:
         """As `Block.choose`; the first configuration is that of the pool."""
         if self.choice is not None:
             return self.choice
         exact = self._precision(allow_tf32) == "ieee" and self.dtype == torch.float32
-        if self.device.type == "cuda":
-            name = config.table_name(torch.cuda.get_device_name(self.device))
-            dtype = str(self.dtype).removeprefix("torch.") + ("" if exact or self.dtype != torch.float32 else "_tf32")
-            entry = config.lookup(config.table(name), f"{dtype} {self.key}", n, h, w)
-            if entry is not None:
-                return entry
+        found = self._measured(n, h, w, exact) or self.by_formula(n, h, w, exact)
+        if self.dtype == torch.float32 and not exact and 2 in self.packed and not allow_tf32 & LINEAR_TF32:
+            # tiles for the tensor cores are none for IEEE products
+            found = {**found, "ops": [*found["ops"][:-1], self._formula(self.ops[-1], n, 1, 1, True)]}
+        return found
+
+    def by_formula(self, n: int, h: int, w: int, exact: bool) -> Config:
+        """One kernel for the pool, one per matrix."""
         small = exact or n * h * w * self.pooled < self._sms() * 64 * 128 * 2
         pool = {
             "path": "pool", "p": 32 if exact else 64 if h * w > 32 else max(16, config.next_pow2(h * w)),
@@ -425,7 +465,7 @@ class Head(_Runner):
         }  # fmt: skip
         return {"fused": False, "chunk": 0, "ops": [pool, *(self._formula(op, n, 1, 1, exact) for op in self.ops)]}
 
-    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: bool = False, strides: Any = None) -> Plan:
+    def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: int = False, strides: Any = None) -> Plan:
         """The launches for a given configuration."""
         item = self.dtype.itemsize
         widths = [self.pooled, *(op.c_out for op in self.ops)]
@@ -443,7 +483,8 @@ class Head(_Runner):
         for i, op in enumerate(self.ops):
             built.append(
                 build_op(
-                    op, dict(choice["ops"][i + 1]), self.packed, "symmetric", precision, n, 1, 1,
+                    op, dict(choice["ops"][i + 1]), self.packed, "symmetric",
+                    precision if op.stages != (2,) or allow_tf32 & LINEAR_TF32 else "ieee", n, 1, 1,
                     targets[i], targets[i], targets[i + 1], None,
                 )
             )  # fmt: skip

@@ -6,7 +6,6 @@ A configuration is a flat dict of ints (a JSON object in the tables): "path" nam
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -131,22 +130,30 @@ def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int
             }  # fmt: skip
         if n0 + n1 > 256:
             n0, n1 = 256, 0
-        wide = n0 + n1 > 128
-        p = 64 if op.kernel or pixels < sms * 128 else 128
+        wide = n0 + n1 > 192
+        if op.kernel:
+            # the depthwise result of all channels first, through a strip of L2
+            return {
+                "path": "pointwise", "rows": rows, "j": 64 // rows, "k": max(k, 32), "n0": n0, "n1": n1,
+                "split": 2 if pixels < sms * 48 and op.c_in >= 256 else 1, "warps": 8 if wide else 4, "stages": 2,
+                "d": min(64, next_pow2(op.c_in)),
+            }  # fmt: skip
+        p = 64 if pixels < sms * 128 else 128
         return {
-            "path": "pointwise", "rows": rows, "j": p // rows, "k": min(k, 32) if op.kernel and wide else k,
-            "n0": n0, "n1": n1, "split": 2 if op.kernel and pixels < sms * 64 and op.c_in >= 256 else 1,
-            "warps": 8 if n0 > 128 else 4, "stages": 1 if op.kernel else 3,
+            "path": "pointwise", "rows": rows, "j": p // rows, "k": k, "n0": n0, "n1": n1, "split": 1,
+            "warps": 8 if n0 > 128 else 4, "stages": 3,
         }  # fmt: skip
     # few pixels: narrow output tiles, and the sum over channels split until there are programs enough
-    p = 64 if op.kernel and pixels > 32 else 32 if pixels > 16 else 16
-    n = 128 if pixels * n_out > sms * 64 * 192 else 64 if pixels * n_out > sms * 64 * 64 else 32
+    if op.kernel:
+        p = 64 if pixels > 32 else 32
+        n = 128 if n_out > op.c_in * 2 and pixels > 256 else 64
+        rows = min(rows, 2) if op.stride == 2 else rows
+    else:
+        p = 32 if pixels > 16 else 16
+        n = 128 if pixels * n_out > sms * 64 * 192 else 64 if pixels * n_out > sms * 64 * 64 else 32
     n = min(n, max(next_pow2(n_out), 32))
     programs = -(-pixels // p) * -(-n_out // n)
-    steps = -(-op.c_in // k)
-    split = 1
-    while split < 8 and programs * split * 2 <= sms * 2 and steps >= split * 4:
-        split *= 2
+    split = max(1, min(8, -(-op.c_in // k) // 2, 2 * sms // max(programs, 1)))
     return {
         "path": "pointwise", "rows": rows, "j": max(p // rows, 4), "k": k, "n0": n, "n1": 0, "split": split,
         "warps": 4, "stages": 1 if op.kernel else 3,
@@ -171,13 +178,6 @@ def shrink(cfg: Config) -> Config | None:
 def table_name(device_name: str) -> str:
     """File name of a device's table: "NVIDIA H100 80GB HBM3" -> nvidia_h100_80gb_hbm3."""
     return "".join(c if c.isalnum() else "_" for c in device_name.lower())
-
-
-@functools.cache
-def table(name: str) -> dict[str, Any]:
-    """The entries of a shipped table, {} where the device has none."""
-    path = TUNED / f"{name}.json"
-    return json.loads(path.read_text())["entries"] if path.is_file() else {}
 
 
 def lookup(entries: dict[str, Any], key: str, n: int, h: int, w: int) -> Config | None:

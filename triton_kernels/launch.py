@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["Arg", "Launch", "OutOfResources", "current_device", "current_stream", "interpreted"]
+__all__ = ["Arg", "Launch", "OutOfResources", "current_device", "current_stream", "direct", "interpreted"]
 
 # (name of a tensor of the call, offset in bytes, dtype), or a tensor that lives as long as the plan
 Arg = "Tensor | tuple[str, int, torch.dtype]"
@@ -35,6 +36,20 @@ def current_stream(device: int) -> int:
 def current_device() -> int:
     """Index of torch's current device."""
     return int(driver.active.get_current_device())
+
+
+def direct(launch: Launch) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], list[tuple[Any, int]], tuple[Any, ...]]:
+    """`launch.parts()`, past the Python part of Triton's launcher where that only adds constants."""
+    run, grid, (function, *rest), pointers, tail = launch.parts()
+    if (
+        triton.__version__.startswith("3.6.")
+        and type(run).__name__ == "CudaLauncher"
+        and not run.global_scratch_size
+        and not run.profile_scratch_size
+    ):
+        rest = [run.launch_cooperative_grid, run.launch_pdl, None, None, *rest]
+        run = run.launch
+    return run, grid, (function, *rest), pointers, tail
 
 
 class Launch:
@@ -80,6 +95,12 @@ class Launch:
         x, y, z = self._grid
         addresses = [base[name] + offset for name, offset, _ in self._pointers]
         run(x, y, z, stream, function, metadata, None, None, None, *addresses, *self._tail)
+
+    def parts(self) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], list[tuple[Any, int]], tuple[Any, ...]]:
+        """(function to call, grid, what follows grid and stream, addresses as (name, offset), what follows them)."""
+        run, function, metadata = self._fast
+        pointers = [(name, offset) for name, offset, _ in self._pointers]
+        return run, self._grid, (function, metadata, None, None, None), pointers, self._tail
 
     @staticmethod
     def _view(tensors: dict[str, Tensor], address: Any) -> Tensor:

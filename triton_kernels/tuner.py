@@ -6,6 +6,7 @@ of fused and separate, and of a few batch chunks, is taken for the block.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import multiprocessing
@@ -55,15 +56,13 @@ def candidates(op: Op, n: int, h: int, w: int, dtype: torch.dtype, exact: bool, 
         for r, j, k in itertools.product((rows, 2), (8, 16), (32, 64)):
             out.append({"path": "depthwise", "rows": r, "j": j, "k": k, "warps": 4})
     elif op.kind == "dense":
-        for p, warps, stages in ((64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2)) if large else (
-            (32, 4, 3), (64, 4, 3), (128, 4, 3),
-        ):  # fmt: skip
-            out.append({**first, "p": p, "warps": warps, "stages": stages})
-            if not large and not op.c_mid:
-                out.append({**first, "p": p, "warps": warps, "stages": stages, "m0": 32, "m1": 0})
+        for p in (64, 128) if large else (32, 64, 128):
+            out.append({**first, "p": p, "warps": 4, "stages": 3})
+        if not large and not op.c_mid:
+            out.append({**first, "p": 32, "warps": 4, "stages": 3, "m0": 32, "m1": 0})
     elif op.kind == "ffn":
-        for p, m, warps, stages in ((64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 8, 2)):
-            out.append({**first, "rows": rows, "j": p // rows, "m": m, "warps": warps, "stages": stages})
+        for p, warps, stages in ((64, 4, 2), (128, 8, 3), (128, 8, 2), (64, 8, 2)):
+            out.append({**first, "rows": rows, "j": p // rows, "m": 64, "warps": warps, "stages": stages})
     else:
         out += _pointwise(op, rows, pixels, first, large, sms)
     return _unique(out)
@@ -75,43 +74,48 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     k = config.piece_k(op.c_in)
     full = (n0, n1) if n0 + n1 <= 256 else (256, 0)
     base = {"path": "pointwise", "split": 1, "stages": 1 if op.kernel else 3, "rows": rows}
+    few, wide = pixels < sms * 48, sum(full) > 192
+    expands = large and op.c_out > op.c_in and not op.residual and -(-op.c_in // k) <= config.MAX_PIECES
+    if expands:
+        for n in (64, 128):
+            for parts in (2, 4) if few else (1, 2) if pixels < sms * 96 else (1,):
+                out.append({
+                    "path": "expand", "rows": rows, "j": 64 // rows, "k": max(k, 32), "n": n,
+                    "n_program": round_up(-(-op.c_out // parts), n), "warps": 4, "stages": 2,
+                })  # fmt: skip
+        if op.c_in >= 128 and pixels >= sms * 96:
+            out.append({**out[-1], "j": 128 // rows, "warps": 8})
+        if op.c_out > 256 and pixels >= sms * 96:
+            # the input tile is made once here; two matrices' worth of columns do not fit the other kernel
+            return out
     if large and op.kernel:
         narrow = min(64, config.next_pow2(op.c_in))
-        for p, kk, warps in ((64, 32, 4), (64, k, 4), (64, 64, 8)):
-            out.append({**base, "j": p // rows, "k": kk, "n0": full[0], "n1": full[1], "warps": warps})
-        out.append({**out[-1], "j": 64 // rows, "k": k, "warps": 4, "loop": 1})
-        strip = {**base, "k": max(k, 32), "n0": full[0], "n1": full[1], "stages": 2, "d": narrow}
-        wide = ((64, 8, 0, 0), (64, 8, 128, 0), (64, 8, 128, 1), (128, 8, 0, 1))
-        slim = ((64, 4, 0, 0), (64, 4, 168, 0), (64, 4, 168, 1), (128, 8, 128, 1))
-        for p, warps, regs, loop in wide if sum(full) > 192 else slim:
-            cfg = {**strip, "j": p // rows, "warps": warps, **({"regs": regs} if regs else {})}
-            out.append({**cfg, "loop": 1} if loop else cfg)
+        whole = {**base, "j": 64 // rows, "n0": full[0], "n1": full[1]}
+        strip = {**whole, "k": max(k, 32), "stages": 2, "d": narrow, "warps": 8 if wide else 4}
+        held = {**strip, "regs": 128 if wide else 168}
+        out += [strip, held, {**whole, "k": k, "warps": 4}]
+        if sum(full) <= 128:
+            out.append({**held, "loop": 1})
+        if op.c_in >= 192:
+            out.append({**whole, "k": 64, "warps": 8})
         if pixels < sms * 96:
-            for split in (2, 4):
-                out.append({**base, "j": 64 // rows, "k": k, "n0": full[0], "n1": full[1], "warps": 4, "split": split})
-                out.append({**strip, "j": 64 // rows, "warps": 8 if sum(full) > 192 else 4, "split": split})
+            out.append({**strip, "split": 2})
+        if few:
+            out += [{**strip, "split": 4}, {**whole, "k": k, "warps": 4, "split": 2}]
+            out.append({**whole, "k": k, "n0": 128, "n1": 0, "warps": 4, "split": 2})
     elif large:
-        for p, (a, b), warps, stages in (
-            (64, full, 4, 3), (128, full, 8, 3), (128, (64, 0), 4, 4), (128, (128, 0), 4, 3), (128, (128, 0), 8, 3),
-        ):  # fmt: skip
-            out.append({**base, "j": p, "k": k, "n0": a, "n1": b, "warps": warps, "stages": stages})
-    if large and op.c_out > op.c_in and not op.residual and -(-op.c_in // k) <= config.MAX_PIECES:
-        for p, n, warps, stages in ((64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)):
-            for parts in (1, 2, 4) if pixels < sms * 96 else (1,):
-                out.append({
-                    "path": "expand", "rows": rows, "j": p // rows, "k": max(k, 32), "n": n,
-                    "n_program": round_up(-(-op.c_out // parts), n), "warps": warps, "stages": stages,
-                })  # fmt: skip
+        out += [{**base, "j": 64, "k": k, "n0": full[0], "n1": full[1], "warps": 4}]
+        out += [{**base, "j": 128, "k": k, "n0": full[0], "n1": full[1], "warps": 8}]
+        if op.c_out >= 256:
+            out.append({**base, "j": 128, "k": k, "n0": 128, "n1": 0, "warps": 4})
     if large:
         return out
     if op.kernel:
-        tiles = [(64, 32, k), (64, 64, k), (32, 32, k)]
-        if pixels > sms * 2:
-            tiles.append((64, 128, k))
+        tiles = [(64, 64, k), (64, 128, k), (32, 32, k)]
         if k == 16:
             tiles.append((64, 64, 32))
     else:
-        tiles = [(16, 32, k), (16, 64, k), (32, 32, k), (64, 32, k), (64, 64, k)]
+        tiles = [(16, 32, k), (16, 64, k), (64, 32, k), (64, 64, k)]
         if op.c_in >= 256:
             tiles.append((16, 32, 128))
     for p, n, kk in tiles:
@@ -120,9 +124,8 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
         r = min(rows, 2) if op.kernel and p == 32 else rows
         programs = -(-pixels // p) * -(-op.c_out // n)
         steps = -(-op.c_in // kk)
-        best = max(1, min(8, steps // 2, 2 * sms // max(programs, 1)))
-        for split in {1, best} if n <= 64 or best > 1 else {1}:
-            out.append({**base, "rows": r, "j": p // r, "k": kk, "n0": n, "n1": 0, "split": split, "warps": 4})
+        split = max(1, min(8, steps // 2, 2 * sms // max(programs, 1)))
+        out.append({**base, "rows": r, "j": p // r, "k": kk, "n0": n, "n1": 0, "split": split, "warps": 4})
     return out
 
 
@@ -133,17 +136,19 @@ def _choices(
     variants: list[tuple[bool, tuple[Op, ...]]] = [(False, runner.ops)]
     head: list[list[Config]] = []
     if isinstance(runner, Head):
-        pool = runner.choose(n, h, w)["ops"][0]
-        head = [_unique([pool, *({**pool, "n": c, "k": k} for c in (32, 64, 128) for k in (64, 128))])]
+        pool = runner.by_formula(n, h, w, exact)["ops"][0]
+        head = [[pool] if exact else _unique([pool, *({**pool, "n": c, "k": 64} for c in (32, 64, 128))])]
         h = w = 1
     elif runner.fused_ops is not None and not exact:
         last = runner.fused_ops[-1]
         pieces = -(-last.c_in // config.piece_k(last.c_in))
         ho, wo = runner.output_shape(n, h, w)[2:]
+        pixels = n * ho * wo
         if last.kind == "dense" and last.c_mid <= 256 and last.c_out <= 256:
-            variants.append((True, runner.fused_ops))
-        if last.kind == "ffn" and pieces <= 4 + 4 * (last.c_in < 256) and last.c_out <= 256 and n * ho * wo >= sms * 32:
-            variants.append((True, runner.fused_ops))
+            # always the faster one where it was measured
+            variants = [(True, runner.fused_ops)]
+        if last.kind == "ffn" and pieces <= 4 + 4 * (last.c_in < 256) and last.c_out <= 256 and pixels >= sms * 32:
+            variants = [(True, runner.fused_ops)] + (variants if pixels < sms * 48 else [])
     out = []
     for is_fused, ops in variants:
         lists, hh, ww = list(head), h, w
@@ -159,13 +164,36 @@ def make(desc: dict[str, Any], dtype: torch.dtype, device: Any) -> Block | Head:
     return (Head if "c_feat" in desc else Block)(dtype=dtype, device=device, **desc)
 
 
-def _one_by_one(variant: tuple[bool, list[list[Config]]]) -> Iterable[tuple[int, Config, Config]]:
-    """(index of the operation, its candidate, a choice that holds it and the first candidates of the others)."""
+# microseconds by what was timed; the same operation occurs in several blocks
+Known = dict[str, float]
+
+
+def _label(runner: Block | Head, is_fused: bool, index: int, n: int, h: int, w: int, tf32: bool, option: Config) -> str:
+    """Name of one operation of a block with a tile, for `Known`."""
+    ops = runner.fused_ops if is_fused else runner.ops  # type: ignore[union-attr]
+    head = isinstance(runner, Head)
+    padding = "" if head else runner.native["padding"]
+    if head and index:
+        h = w = 1
+    key = runner.key.split(" | ")[0] if head and index == 0 else ops[index - head].key  # type: ignore[index]
+    for op in ops[: index - head] if index >= head else ():  # type: ignore[index]
+        h, w = op.out_hw(h, w)
+    return f"{runner.dtype} {tf32} {key} {padding} {n}x{h}x{w} {sorted(option.items())}"
+
+
+def _one_by_one(
+    variant: tuple[bool, list[list[Config]]], micros: Callable[[int, Config], float]
+) -> Iterable[tuple[int, Config, Config]]:
+    """(index of the operation, its candidate, a choice that holds it and the best known candidates of the others);
+    of the candidates whose time is known already only the best.
+    """
     is_fused, lists = variant
+    best = [min(options, key=lambda option, i=i: micros(i, option)) for i, options in enumerate(lists)]
     for i, options in enumerate(lists):
         for option in options:
-            ops = [option if j == i else other[0] for j, other in enumerate(lists)]
-            yield i, option, {"fused": is_fused, "chunk": 0, "ops": ops}
+            if option is best[i] or math.isinf(micros(i, option)):
+                ops = [option if j == i else best[j] for j in range(len(lists))]
+                yield i, option, {"fused": is_fused, "chunk": 0, "ops": ops}
 
 
 # relative error in norm above which a candidate is wrong; tf32 is the loosest of the fp32 modes
@@ -311,54 +339,64 @@ class _Timed:
 
 
 def tune_block(
-    runner: Block | Head, n: int, h: int, w: int, *, tf32: bool = False, log: Callable[[str], None] = lambda _: None
+    runner: Block | Head,
+    n: int,
+    h: int,
+    w: int,
+    *,
+    tf32: bool = False,
+    log: Callable[[str], None] = lambda _: None,
+    known: Known | None = None,
 ) -> tuple[Config, float]:
-    """(choice, microseconds) of a packed block for n images of h x w."""
+    """(choice, microseconds) of a packed block for n images of h x w. Times in `known` are not taken again."""
     exact = runner.dtype == torch.float32 and not tf32
     sms = config.device_limits(runner.device.index or 0)[0]
     timed = _Timed(runner, n, h, w, tf32)
+    known = {} if known is None else known
     found: list[tuple[float, Config]] = []
     for variant in _choices(runner, n, h, w, exact, sms):
-        best: list[tuple[float, Config | None]] = [(math.inf, None)] * len(variant[1])
-        for i, option, choice in _one_by_one(variant):
+        is_fused, lists = variant
+
+        def label(i: int, option: Config, is_fused: bool = is_fused) -> str:
+            return _label(runner, is_fused, i, n, h, w, tf32, option)
+
+        for i, option, choice in _one_by_one(variant, lambda i, o: known.get(label(i, o), math.inf)):
+            if label(i, option) in known:
+                continue
             try:
-                launches = timed.plan(choice)
-                micros = timed.time(launches[i : i + 1])
+                known[label(i, option)] = timed.time(timed.plan(choice)[i : i + 1])
             except Exception as error:
                 log(f"    {option}: {str(error)[:80]}")
                 continue
-            log(f"    op {i} {micros:8.2f} us {option}")
-            if micros < best[i][0]:
-                best[i] = (micros, option)
-        if any(option is None for _, option in best):
-            continue
-        choice = {"fused": variant[0], "chunk": 0, "ops": [option for _, option in best]}
-        for chunk in _chunks(runner, n, h, w, choice):
-            whole = {**choice, "chunk": chunk}
-            micros = timed.time(timed.plan(whole))
-            parts = [round(t, 2) for t, _ in best]
-            log(f"  {'fused' if variant[0] else 'split'} chunk {chunk}: {micros:.2f} us {parts}")
-            found.append((micros, whole))
+            log(f"    op {i} {known[label(i, option)]:8.2f} us {option}")
+        ranked = [
+            sorted((o for o in options if label(i, o) in known), key=lambda o, i=i: known[label(i, o)])
+            for i, options in enumerate(lists)
+        ]
+        # a time from elsewhere says nothing of whether the result is right here
+        for place in range(max(map(len, ranked))):
+            ops = [options[min(place, len(options) - 1)] for options in ranked if options]
+            if len(ops) < len(ranked):
+                break
+            choice = {"fused": is_fused, "chunk": 0, "ops": ops}
+            try:
+                micros = timed.time(timed.plan(choice))
+            except Exception as error:
+                log(f"  {choice}: {str(error)[:80]}")
+                continue
+            parts = [round(known[label(i, o)], 2) for i, o in enumerate(ops)]
+            log(f"  {'fused' if is_fused else 'split'}: {micros:.2f} us {parts}")
+            found.append((micros, choice))
+            break
+    if not found:
+        raise RuntimeError(f"{runner.key} {n}x{h}x{w}: no candidate runs and is right")
     micros, choice = min(found, key=lambda item: item[0])
     return choice, micros
 
 
-def _chunks(runner: Block | Head, n: int, h: int, w: int, choice: Config) -> list[int]:
-    """Images per pass: all, or as many as keep the activation between two kernels well inside L2."""
-    if isinstance(runner, Head) or len(choice["ops"]) < 2:
-        return [0]
-    hidden = max(op.c_out for op in runner.ops[:-1])
-    hh, ww = runner.ops[0].out_hw(h, w)
-    per_image = hidden * hh * ww * runner.dtype.itemsize
-    out = [0]
-    for budget in (32 << 20,):
-        chunk = 1 << max(int(math.log2(max(budget / per_image, 1))), 0)
-        if chunk * 2 <= n and chunk * hh * ww >= 4096 and chunk not in out:
-            out.append(chunk)
-    return out
-
-
-def tasks_for(jobs: Sequence[Job], dtype: torch.dtype, batches: Sequence[int], tf32: bool, sms: int) -> list[Any]:
+def tasks_for(
+    jobs: Sequence[Job], dtype: torch.dtype, batches: Sequence[int], tf32: bool, sms: int, known: Known | None = None
+) -> list[Any]:
     """Everything that `tune` will launch, once each."""
     exact = dtype == torch.float32 and not tf32
     seen: dict[str, Any] = {}
@@ -366,12 +404,19 @@ def tasks_for(jobs: Sequence[Job], dtype: torch.dtype, batches: Sequence[int], t
         runner = make(desc, dtype, "cpu")
         for n in batches:
             for variant in _choices(runner, n, h, w, exact, sms):
-                for i, option, choice in _one_by_one(variant):
+                micros = functools.partial(_known_micros, known or {}, runner, variant[0], n, h, w, tf32)
+                for i, option, choice in _one_by_one(variant, micros):
                     ops = runner.fused_ops if variant[0] else runner.ops  # type: ignore[union-attr]
                     at = i - isinstance(runner, Head)
                     key = f"{ops[at].key if at >= 0 else runner.key} {option}"
                     seen.setdefault(key, (desc, dtype, n, h, w, choice, i, tf32))
     return list(seen.values())
+
+
+def _known_micros(
+    known: Known, runner: Block | Head, is_fused: bool, n: int, h: int, w: int, tf32: bool, i: int, option: Config
+) -> float:
+    return known.get(_label(runner, is_fused, i, n, h, w, tf32, option), math.inf)
 
 
 def fill_random(runner: Block | Head) -> None:
@@ -393,15 +438,21 @@ def tune(
     log: Callable[[str], None] = print,
     verbose: Callable[[str], None] = lambda _: None,
     workers: int | None = None,
+    known: Known | None = None,
 ) -> dict[str, Any]:
-    """Entries of a table: {"dtype block key": {"NxHxW": choice with "us"}} for every job and batch."""
+    """Entries of a table: {"dtype block key": {"NxHxW": choice with "us"}} for every job and batch.
+
+    `workers` 0: nothing is compiled ahead. `known` holds times of an earlier run and takes up those of this one.
+    """
+    known = {} if known is None else known
     device = torch.device(device, torch.cuda.current_device())
     sms = config.device_limits(device.index)[0]
-    tasks = tasks_for(jobs, dtype, batches, tf32, sms)
+    tasks = tasks_for(jobs, dtype, batches, tf32, sms, known)
     begin = time.perf_counter()
-    for message in precompile(tasks, workers):
-        verbose(f"compile: {message}")
-    log(f"{len(tasks)} kernels compiled in {time.perf_counter() - begin:.0f} s")
+    if workers != 0:
+        for message in precompile(tasks, workers):
+            verbose(f"compile: {message}")
+        log(f"{len(tasks)} kernels compiled in {time.perf_counter() - begin:.0f} s")
     name = str(dtype).removeprefix("torch.") + ("_tf32" if tf32 else "")
     entries: dict[str, Any] = {}
     for desc, h, w in jobs:
@@ -409,7 +460,7 @@ def tune(
         fill_random(runner)
         for n in batches:
             verbose(f"{name} {runner.key} {n}x{h}x{w}")
-            choice, micros = tune_block(runner, n, h, w, tf32=tf32, log=verbose)
+            choice, micros = tune_block(runner, n, h, w, tf32=tf32, log=verbose, known=known)
             entries.setdefault(f"{name} {runner.key}", {})[f"{n}x{h}x{w}"] = {**choice, "us": round(micros, 2)}
             log(f"{micros:9.2f} us  {name} {runner.key} {n}x{h}x{w}  {'fused' if choice['fused'] else ''}")
     return entries

@@ -104,6 +104,14 @@ def allow_tf32() -> bool:
     return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
 
 
+def precision() -> int:
+    """Torch's settings for fp32 as the kernels take them: 1 TF32 in convolutions, 2 in linear layers."""
+    matmul = torch.backends.cuda.matmul
+    linear = getattr(matmul, "fp32_precision", None)
+    linear_tf32 = bool(matmul.allow_tf32) if linear is None else linear == "tf32"
+    return allow_tf32() + 2 * linear_tf32
+
+
 def capturing(x: Tensor) -> bool:
     """Whether what runs on `x` now goes into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -150,7 +158,7 @@ def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> b
     return True
 
 
-def _start(native: Any, x: Tensor, out: Tensor, tf32: bool) -> None:
+def _start(native: Any, x: Tensor, out: Tensor, tf32: int) -> None:
     try:
         native.run(x, out, allow_tf32=tf32)
     except Exception as error:
@@ -164,7 +172,7 @@ def run(native: Any, layout: Layout, x: Tensor) -> Tensor:
     out = empty_output(layout, x)
     if x.shape[0]:
         with on_device(x.device):
-            _start(native, x, out, x.dtype is torch.float32 and allow_tf32())
+            _start(native, x, out, precision() if x.dtype is torch.float32 else 0)
     return out
 
 
@@ -192,6 +200,9 @@ class Program:
         self._layouts = [layout for _, layout in parts]
         self._exact = self._dtype is not torch.float32
         self._shapes: dict[tuple[int, int, int], list[tuple[Any, tuple[int, ...], torch.memory_format]]] = {}
+        module = kernels() if self._device is not None and self._device.type == "cuda" else None
+        self._chain, self._ahead = getattr(module, "chain", None), getattr(module, "compile_ahead", None)
+        self._chains: dict[tuple[Any, ...], Any] = {}
 
     def run(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
@@ -201,18 +212,35 @@ class Program:
 
     def _run(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
+        tf32 = 0 if self._exact else precision()
+        chain = self._chains.get((n, h, w, tf32, x.stride()))
+        if chain is not None and not x.data_ptr() % 16:
+            return chain.run(x)
         steps = self._shapes.get((n, h, w))
         if steps is None:
             steps = self._meet(n, h, w)
-        tf32 = False if self._exact else allow_tf32()
+            if n and self._ahead is not None:
+                self._ahead(self.natives, x, tf32)
         dtype, device, empty = self._dtype, self._device, torch.empty
         if not n:
             return empty(steps[-1][1], dtype=dtype, device=device, memory_format=steps[-1][2])
+        given = x
         for native, shape, memory_format in steps:
             out = empty(shape, dtype=dtype, device=device, memory_format=memory_format)
             _start(native, x, out, tf32)
             x = out
+        if self._chain is not None:
+            self._link(given, tf32)
         return x
+
+    def _link(self, x: Tensor, tf32: int) -> None:
+        """After a run: all launches as one list, for the next one."""
+        chain = self._chain(self.natives, x, tf32)
+        if chain is not None:
+            if len(self._chains) >= 64:
+                self._chains.clear()
+            n, _, h, w = x.shape
+            self._chains[n, h, w, tf32, x.stride()] = chain
 
     def _meet(self, n: int, h: int, w: int) -> list[tuple[Any, tuple[int, ...], torch.memory_format]]:
         if len(self._shapes) >= 64:
