@@ -132,6 +132,11 @@ void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int
   }
 }
 
+// Asks for lines that another thread has written: all at once, since each may be a long way off.
+void fetch(const float* p, std::ptrdiff_t floats) {
+  for (std::ptrdiff_t i = 0; i < floats; i += kUnit) __builtin_prefetch(p + i, 0, 2);
+}
+
 // copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders
 void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi,
                float* dst) {
@@ -156,6 +161,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
   const std::ptrdiff_t pitch1 = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
   const std::ptrdiff_t pitch2 = static_cast<std::ptrdiff_t>(g.left2 + g.w1 + g.right2) * kUnit;
   const std::ptrdiff_t plane2 = pitch2 * p.ring_rows;
+  const bool shared = t.n > 1 && !t.own_pixels;  // the work of a stage is dealt out over the threads
   float* front = t.shared;
   float* expanded = front + p.front;
   float* middle = expanded + p.expanded;
@@ -193,7 +199,12 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         }
       });
     }
-    if (start) t.sync();
+    if (start) {
+      t.sync();
+      if (shared) fetch(front, static_cast<std::ptrdiff_t>(ui) * rows * g.w1 * kUnit);
+    } else if (shared && x.pix == kUnit && o0 == y0) {
+      for (int i = 0; i < ui; ++i) fetch(x.p + i * x.unit + n0 * x.row, rows * x.row);
+    }
 
     // the product that reads the front or the input
     GemmArgs in;
@@ -284,6 +295,11 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       }
       t.sync();
       if (!d_.project) continue;
+      if (shared && mid) {
+        const Range own = split(c1 - c0, t.n, t.tid);
+        fetch(middle, own.lo * middle_plane);
+        fetch(middle + own.hi * middle_plane, (c1 - c0 - own.hi) * middle_plane);
+      }
       GemmArgs b = to;
       b.a = middle, b.a_pix = kUnit, b.a_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit, b.a_blk = middle_plane;
       b.k_blocks = c1 - c0, b.k_len = kUnit, b.k_last = std::min(kUnit, d_.c_mid - (c1 - 1) * kUnit);
