@@ -197,6 +197,7 @@ def small_cases() -> Iterator[tuple[str, torch.dtype, dict[str, Any], tuple[int,
     tile = {"rows": 2, "j": 8, "k": 16, "warps": 4, "stages": 2}
     pw = {"path": "pointwise", **tile, "n0": 16, "n1": 16, "split": 1}
     expand = {"path": "expand", **tile, "n": 16, "n_program": 32}
+    alone = {"path": "depthwise", "rows": 2, "j": 8, "k": 16, "warps": 4}
     ffn = {"path": "ffn", **tile, "m": 32, "n0": 16, "n1": 16}
     variants = {
         "split": ("ExtraDW", {"fused": False, "chunk": 0, "ops": [pw, {**pw, "split": 3, "rows": 4, "j": 4}]}),
@@ -206,6 +207,16 @@ def small_cases() -> Iterator[tuple[str, torch.dtype, dict[str, Any], tuple[int,
         ),
         "expand of IB": ("IB", {"fused": False, "chunk": 1, "ops": [expand, {**pw, "rows": 8, "j": 4, "split": 2}]}),
         "strip": ("ExtraDW", {"fused": False, "chunk": 2, "ops": [pw, {**pw, "d": 32, "split": 2}]}),
+        "apart": (
+            "ExtraDW",
+            {"fused": False, "chunk": 2, "ops": [pw, alone, {**pw, "rows": 1, "j": 16, "split": 2}]},
+        ),
+        "apart twice": (
+            "ExtraDW s2",
+            {"fused": False, "chunk": 0, "ops": [
+                alone, {**pw, "rows": 1, "j": 16}, {**alone, "rows": 1}, {**pw, "split": 2},
+            ]},
+        ),
         "strip alone": ("dw+pw", {"fused": False, "chunk": 0, "ops": [{**pw, "d": 16, "n0": 32, "n1": 0}]}),
         "looped": ("ExtraDW s2", {"fused": False, "chunk": 0, "ops": [{**expand, "loop": 1}, {**pw, "loop": 1}]}),
         "ffn": ("ConvNext", {"fused": True, "chunk": 0, "ops": [ffn]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from typing import Any
@@ -13,7 +14,7 @@ from . import config
 from .build import Build, build_op, build_pool
 from .config import Config
 from .launch import Launch, OutOfResources, current_device, current_stream, interpreted
-from .plan import Op, Packed, chain, fused, round_up
+from .plan import Op, Packed, apart, chain, fused, round_up, spread
 
 ACTS = ("none", "relu", "relu6", "gelu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -211,7 +212,8 @@ class Block(_Runner):
 
     Keywords as `_core.Block`; ValueError for what has no kernel. `run` takes [N, c_in, H, W] of any strides on the
     device and writes [N, c_out, Ho, Wo], canonical channels_last. `choice` overrides the tables:
-    {"fused": bool, "chunk": images, "ops": [Config, ...]}.
+    {"fused": bool, "chunk": images, "ops": [Config, ...]}; a configuration of path "depthwise" in the place of a
+    [depthwise ->] 1x1, followed by one of the 1x1, makes two kernels of it.
     """
 
     def __init__(
@@ -318,7 +320,8 @@ class Block(_Runner):
                 is_fused = narrow and last.c_in <= 256 and n * ho * wo >= self._sms() * 64
             ops = joined if is_fused else ops
         configs = []
-        for op in ops:
+        pairs = [apart(op) if config.wants_apart(op, exact) else (op,) for op in ops]
+        for op in itertools.chain.from_iterable(pairs):
             configs.append(self._formula(op, n, h, w, exact))
             h, w = op.out_hw(h, w)
         return {"fused": is_fused, "chunk": 0, "ops": configs}
@@ -327,6 +330,7 @@ class Block(_Runner):
         """The launches for a given configuration."""
         ops = self.fused_ops if choice["fused"] else self.ops
         assert ops is not None
+        ops = spread(ops, [cfg["path"] for cfg in choice["ops"]])
         item = self.dtype.itemsize
         step = choice.get("chunk") or n
         per_image = [math.prod(shape) * item for shape in ((self.native["c_in"], h, w), self.output_shape(1, h, w))]

@@ -73,6 +73,13 @@ def rows_for(ho: int, kernel: int, limit: int = 4) -> int:
     return best
 
 
+def wants_apart(op: Op, exact: bool) -> bool:
+    """Whether a depthwise convolution runs as a kernel of its own before its 1x1: where the latter has several tiles
+    of output channels, or sums over so many that too few programs are left.
+    """
+    return op.kind == "pointwise" and op.kernel > 0 and (op.c_in >= 512 or (exact and op.c_out > 64))
+
+
 def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int = 132) -> Config:
     """A tile that is never bad. `exact`: fp32 products outside the tensor cores, which wants small tiles."""
     ho, wo = op.out_hw(h, w)

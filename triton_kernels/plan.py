@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,6 +102,28 @@ def fused(ops: tuple[Op, ...]) -> tuple[Op, ...] | None:
         stages=first.stages + last.stages, residual=last.residual,
     )  # fmt: skip
     return (*ops[:-2], joined)
+
+
+def apart(op: Op) -> tuple[Op, ...]:
+    """A depthwise convolution and its 1x1 as two kernels: for wide blocks, where one would compute the former again
+    for every tile of output channels.
+    """
+    if op.kind != "pointwise" or not op.kernel:
+        return (op,)
+    first, second = op.stages
+    return (
+        Op("depthwise", op.c_in, 0, op.c_in, op.kernel, op.stride, "none", "none", op.dw_act, (first,)),
+        Op("pointwise", op.c_in, 0, op.c_out, 0, 1, "none", "none", op.act, (second,), op.residual),
+    )
+
+
+def spread(ops: tuple[Op, ...], paths: Sequence[str]) -> tuple[Op, ...]:
+    """The operations that a list of configurations stands for: where "depthwise" comes for a 1x1, the two are apart."""
+    out: list[Op] = []
+    for op in ops:
+        is_apart = op.kind == "pointwise" and len(out) < len(paths) and paths[len(out)] == "depthwise"
+        out += apart(op) if is_apart else (op,)
+    return tuple(out)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -7,7 +7,6 @@ of fused and separate, and of a few batch chunks, is taken for the block.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from . import config
 from .block import Block, Head
 from .config import Config
 from .launch import Launch, current_stream
-from .plan import Op, Packed, round_up
+from .plan import Op, Packed, apart, round_up
 
 # (keywords of Block or Head, height, width)
 Job = tuple[dict[str, Any], int, int]
@@ -53,8 +52,10 @@ def candidates(op: Op, n: int, h: int, w: int, dtype: torch.dtype, exact: bool, 
     large = pixels >= sms * 20
     rows = config.rows_for(ho, op.kernel)
     if op.kind == "depthwise":
-        for r, j, k in itertools.product((rows, 2), (8, 16), (32, 64)):
-            out.append({"path": "depthwise", "rows": r, "j": j, "k": k, "warps": 4})
+        for r, j, k in ((rows, 16, 64), (rows, 8, 64), (rows, 16, 32), (2, 16, 64)):
+            out.append(
+                {"path": "depthwise", "rows": r, "j": j, "k": min(k, max(16, config.next_pow2(op.c_in))), "warps": 4}
+            )
     elif op.kind == "dense":
         for p in (64, 128) if large else (32, 64, 128):
             out.append({**first, "p": p, "warps": 4, "stages": 3})
@@ -77,7 +78,8 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     few, wide = pixels < sms * 48, sum(full) > 192
     expands = large and op.c_out > op.c_in and not op.residual and -(-op.c_in // k) <= config.MAX_PIECES
     if expands:
-        for n in (64, 128):
+        # a wider one does not fit into shared memory
+        for n in (64, 128) if op.c_in <= 256 else (64,):
             for parts in (2, 4) if few else (1, 2) if pixels < sms * 96 else (1,):
                 out.append({
                     "path": "expand", "rows": rows, "j": 64 // rows, "k": max(k, 32), "n": n,
@@ -129,33 +131,40 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     return out
 
 
-def _choices(
-    runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int
-) -> list[tuple[bool, list[list[Config]]]]:
-    """(fused, candidates of each operation) for the variants of a block."""
-    variants: list[tuple[bool, tuple[Op, ...]]] = [(False, runner.ops)]
+# (fused, operations, candidates of each; a head's first ones are those of its pool)
+Variant = tuple[bool, tuple[Op, ...], list[list[Config]]]
+
+
+def _choices(runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int) -> list[Variant]:
+    """The ways to run a block. Two that differ only in what is apart may be mixed."""
+    ways: list[tuple[bool, tuple[Op, ...]]] = [(False, runner.ops)]
     head: list[list[Config]] = []
     if isinstance(runner, Head):
         pool = runner.by_formula(n, h, w, exact)["ops"][0]
         head = [[pool] if exact else _unique([pool, *({**pool, "n": c, "k": 64} for c in (32, 64, 128))])]
         h = w = 1
-    elif runner.fused_ops is not None and not exact:
-        last = runner.fused_ops[-1]
-        pieces = -(-last.c_in // config.piece_k(last.c_in))
-        ho, wo = runner.output_shape(n, h, w)[2:]
-        pixels = n * ho * wo
-        if last.kind == "dense" and last.c_mid <= 256 and last.c_out <= 256:
-            # always the faster one where it was measured
-            variants = [(True, runner.fused_ops)]
-        if last.kind == "ffn" and pieces <= 4 + 4 * (last.c_in < 256) and last.c_out <= 256 and pixels >= sms * 32:
-            variants = [(True, runner.fused_ops)] + (variants if pixels < sms * 48 else [])
+    else:
+        last = runner.fused_ops[-1] if runner.fused_ops is not None and not exact else None
+        parts = tuple(part for op in runner.ops for part in apart(op))
+        if len(parts) > len(runner.ops):
+            ways.append((False, parts))
+        if last is not None:
+            assert runner.fused_ops is not None
+            pieces = -(-last.c_in // config.piece_k(last.c_in))
+            ho, wo = runner.output_shape(n, h, w)[2:]
+            pixels = n * ho * wo
+            if last.kind == "dense" and last.c_mid <= 256 and last.c_out <= 256:
+                # always the faster one where it was measured
+                ways = [(True, runner.fused_ops)]
+            if last.kind == "ffn" and pieces <= 4 + 4 * (last.c_in < 256) and last.c_out <= 256 and pixels >= sms * 32:
+                ways = [(True, runner.fused_ops)] + (ways if pixels < sms * 48 else [])
     out = []
-    for is_fused, ops in variants:
+    for is_fused, ops in ways:
         lists, hh, ww = list(head), h, w
         for op in ops:
             lists.append(candidates(op, n, hh, ww, runner.dtype, exact, sms))
             hh, ww = op.out_hw(hh, ww)
-        out.append((is_fused, lists))
+        out.append((is_fused, ops, lists))
     return out
 
 
@@ -168,32 +177,41 @@ def make(desc: dict[str, Any], dtype: torch.dtype, device: Any) -> Block | Head:
 Known = dict[str, float]
 
 
-def _label(runner: Block | Head, is_fused: bool, index: int, n: int, h: int, w: int, tf32: bool, option: Config) -> str:
+def _label(
+    runner: Block | Head, ops: tuple[Op, ...], index: int, n: int, h: int, w: int, tf32: bool, option: Config
+) -> str:
     """Name of one operation of a block with a tile, for `Known`."""
-    ops = runner.fused_ops if is_fused else runner.ops  # type: ignore[union-attr]
     head = isinstance(runner, Head)
     padding = "" if head else runner.native["padding"]
     if head and index:
         h = w = 1
-    key = runner.key.split(" | ")[0] if head and index == 0 else ops[index - head].key  # type: ignore[index]
-    for op in ops[: index - head] if index >= head else ():  # type: ignore[index]
+    key = runner.key.split(" | ")[0] if head and index == 0 else ops[index - head].key
+    for op in ops[: index - head] if index >= head else ():
         h, w = op.out_hw(h, w)
     return f"{runner.dtype} {tf32} {key} {padding} {n}x{h}x{w} {sorted(option.items())}"
 
 
-def _one_by_one(
-    variant: tuple[bool, list[list[Config]]], micros: Callable[[int, Config], float]
-) -> Iterable[tuple[int, Config, Config]]:
+def _one_by_one(variant: Variant, micros: Callable[[int, Config], float]) -> Iterable[tuple[int, Config, Config]]:
     """(index of the operation, its candidate, a choice that holds it and the best known candidates of the others);
     of the candidates whose time is known already only the best.
     """
-    is_fused, lists = variant
+    is_fused, _, lists = variant
     best = [min(options, key=lambda option, i=i: micros(i, option)) for i, options in enumerate(lists)]
     for i, options in enumerate(lists):
         for option in options:
             if option is best[i] or math.isinf(micros(i, option)):
                 ops = [option if j == i else best[j] for j in range(len(lists))]
                 yield i, option, {"fused": is_fused, "chunk": 0, "ops": ops}
+
+
+def _mixed(runner: Block | Head, whole: list[Config], parts: list[Config], times: list[float]) -> list[Config]:
+    """Per operation the faster of one kernel and two; `times` are those of `whole`, then of `parts`."""
+    first, second = list(zip(whole, times, strict=False)), list(zip(parts, times[len(whole) :], strict=True))
+    out: list[Config] = []
+    for (one, one_time), op in zip(first, runner.ops, strict=True):
+        two = [second.pop(0) for _ in apart(op)]
+        out += [cfg for cfg, _ in two] if sum(t for _, t in two) < one_time else [one]
+    return out
 
 
 # relative error in norm above which a candidate is wrong; tf32 is the loosest of the fp32 modes
@@ -354,11 +372,13 @@ def tune_block(
     timed = _Timed(runner, n, h, w, tf32)
     known = {} if known is None else known
     found: list[tuple[float, Config]] = []
+    # the best of each operation by kind of variant, for mixing
+    best: dict[int, tuple[list[Config], list[float]]] = {}
     for variant in _choices(runner, n, h, w, exact, sms):
-        is_fused, lists = variant
+        is_fused, ops_of, lists = variant
 
-        def label(i: int, option: Config, is_fused: bool = is_fused) -> str:
-            return _label(runner, is_fused, i, n, h, w, tf32, option)
+        def label(i: int, option: Config, ops_of: tuple[Op, ...] = ops_of) -> str:
+            return _label(runner, ops_of, i, n, h, w, tf32, option)
 
         for i, option, choice in _one_by_one(variant, lambda i, o: known.get(label(i, o), math.inf)):
             if label(i, option) in known:
@@ -373,25 +393,40 @@ def tune_block(
             sorted((o for o in options if label(i, o) in known), key=lambda o, i=i: known[label(i, o)])
             for i, options in enumerate(lists)
         ]
+        if not all(ranked):
+            continue
         # a time from elsewhere says nothing of whether the result is right here
         for place in range(max(map(len, ranked))):
-            ops = [options[min(place, len(options) - 1)] for options in ranked if options]
-            if len(ops) < len(ranked):
+            ops = [options[min(place, len(options) - 1)] for options in ranked]
+            micros = _whole(timed, {"fused": is_fused, "chunk": 0, "ops": ops}, found, log)
+            if micros is not None:
+                parts = [known[label(i, o)] for i, o in enumerate(ops)]
+                log(f"  {'fused' if is_fused else 'split'}: {micros:.2f} us {[round(t, 2) for t in parts]}")
+                if not is_fused:
+                    best[len(best)] = (ops, parts)
                 break
-            choice = {"fused": is_fused, "chunk": 0, "ops": ops}
-            try:
-                micros = timed.time(timed.plan(choice))
-            except Exception as error:
-                log(f"  {choice}: {str(error)[:80]}")
-                continue
-            parts = [round(known[label(i, o)], 2) for i, o in enumerate(ops)]
-            log(f"  {'fused' if is_fused else 'split'}: {micros:.2f} us {parts}")
-            found.append((micros, choice))
-            break
+    if len(best) == 2:
+        mixed = _mixed(runner, best[0][0], best[1][0], best[0][1] + best[1][1])
+        if mixed not in (best[0][0], best[1][0]):
+            micros = _whole(timed, {"fused": False, "chunk": 0, "ops": mixed}, found, log)
+            log(f"  mixed: {micros} us")
     if not found:
         raise RuntimeError(f"{runner.key} {n}x{h}x{w}: no candidate runs and is right")
     micros, choice = min(found, key=lambda item: item[0])
     return choice, micros
+
+
+def _whole(
+    timed: _Timed, choice: Config, found: list[tuple[float, Config]], log: Callable[[str], None]
+) -> float | None:
+    """Times a whole block and adds it to `found`; None where it does not run or is wrong."""
+    try:
+        micros = timed.time(timed.plan(choice))
+    except Exception as error:
+        log(f"  {choice}: {str(error)[:80]}")
+        return None
+    found.append((micros, choice))
+    return micros
 
 
 def tasks_for(
@@ -404,9 +439,9 @@ def tasks_for(
         runner = make(desc, dtype, "cpu")
         for n in batches:
             for variant in _choices(runner, n, h, w, exact, sms):
-                micros = functools.partial(_known_micros, known or {}, runner, variant[0], n, h, w, tf32)
+                micros = functools.partial(_known_micros, known or {}, runner, variant[1], n, h, w, tf32)
                 for i, option, choice in _one_by_one(variant, micros):
-                    ops = runner.fused_ops if variant[0] else runner.ops  # type: ignore[union-attr]
+                    ops = variant[1]
                     at = i - isinstance(runner, Head)
                     key = f"{ops[at].key if at >= 0 else runner.key} {option}"
                     seen.setdefault(key, (desc, dtype, n, h, w, choice, i, tf32))
@@ -414,9 +449,17 @@ def tasks_for(
 
 
 def _known_micros(
-    known: Known, runner: Block | Head, is_fused: bool, n: int, h: int, w: int, tf32: bool, i: int, option: Config
+    known: Known,
+    runner: Block | Head,
+    ops: tuple[Op, ...],
+    n: int,
+    h: int,
+    w: int,
+    tf32: bool,
+    i: int,
+    option: Config,
 ) -> float:
-    return known.get(_label(runner, is_fused, i, n, h, w, tf32, option), math.inf)
+    return known.get(_label(runner, ops, i, n, h, w, tf32, option), math.inf)
 
 
 def fill_random(runner: Block | Head) -> None:
