@@ -106,6 +106,43 @@ def test_tables_are_well_formed() -> None:
                 assert choice["ops"]
 
 
+# not measured yet, by a part of the key: batches for which the formula is used
+OPEN = {
+    "pool 128-960": (1, 8, 64, 256),
+    "pool 256-960": (1, 8),
+    "256-1024 k0s1": (1, 8),
+    "256-1024 k3s1 none-none-relu | pointwise 1024-256 k0s1": (1, 8),
+    "256-512": (1, 8),
+    "512-2048": (1, 8, 64, 256),
+}
+
+
+def test_the_h100_table_holds_what_it_claims() -> None:
+    """float16, the three convolution models, every batch bucket but what `OPEN` lists; every entry can be planned."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    from gpu_blocks import blocks
+    from mnv4_ops.triton_kernels import config
+    from mnv4_ops.triton_kernels.tuner import make
+
+    table = json.loads((config.TUNED / "nvidia_h100_80gb_hbm3.json").read_text())["entries"]
+    missing, used = [], 0
+    for desc, h, w, _ in blocks(["conv_small", "conv_medium", "conv_large"]).values():
+        runner = make(desc, torch.float16, "cpu")
+        sizes = table.get(f"float16 {runner.key}", {})
+        for batch in config.BUCKETS:
+            choice = sizes.get(f"{batch}x{h}x{w}")
+            if choice is None:
+                missing.append((runner.key, batch))
+                continue
+            used += 1
+            assert choice["us"] > 0
+            assert len(runner.plan(batch, h, w, choice).launches) == len(choice["ops"])
+    assert used == sum(map(len, table.values()))
+    for key, batch in missing:
+        assert any(part in key and batch in batches for part, batches in OPEN.items()), (key, batch)
+    assert len(missing) == 26
+
+
 def _ledger() -> list[Any]:
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
     from gpu_blocks import blocks

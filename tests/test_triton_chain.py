@@ -1,0 +1,85 @@
+"""A model's launches as one list, without a GPU: where buffers lie and which addresses a launch gets."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mnv4_ops.triton_kernels import chain as C
+from mnv4_ops.triton_kernels.block import Block, Plan
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buffers_that_live_at_once_do_not_overlap(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = []
+    for i in range(12):
+        sizes += [(draw.randrange(0, 5000), i, i + 1), (draw.choice((0, 700, 9000)), i, i)]
+    offsets, total = C._place(sizes)
+    for a, (size, first, last) in zip(offsets, sizes, strict=True):
+        assert a % 256 == 0
+        assert a + size <= total
+        for b, (other, f, e) in zip(offsets, sizes, strict=True):
+            if (a, size, first) != (b, other, f) and f <= last and first <= e and size and other:
+                assert a + size <= b or b + other <= a
+    # three neighbours of the largest would do; first fit needs little more
+    assert total <= 2 * max(sum(s for s, f, e in sizes if f <= i <= e) for i in range(13)) + 512 * 24
+
+
+class Start:
+    """A launch that is ready: notes what it is started with."""
+
+    def __init__(self, log: list[Any], name: str, *pointers: tuple[str | None, int]) -> None:
+        self.log, self.name, self.pointers = log, name, list(pointers)
+
+    def parts(self) -> Any:
+        def run(x: int, y: int, z: int, stream: int, *args: Any) -> None:
+            self.log.append((self.name, (x, y, z), stream, args))
+
+        return run, (3, 2, 1), ("function", "metadata"), self.pointers, ("tail",)
+
+
+def test_addresses_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(C, "current_stream", lambda index: 7)
+    options: dict[str, Any] = {"dtype": torch.float16, "device": "cpu", "project": True}
+    natives = [Block(c_in=8, c_mid=8, c_out=8, **options) for _ in range(3)]
+    log: list[Any] = []
+    plans = []
+    for i in range(3):
+        launches = [
+            Start(log, f"{i}a", ("x", 0), ("scratch", 64)),
+            Start(log, f"{i}b", ("scratch", 64), ("out", 16), (None, 99)),
+        ]
+        plan = Plan(launches, 512, {})  # type: ignore[arg-type]
+        plan.ready = True
+        plans.append(plan)
+        natives[i]._plans[2, 4, 4, 0, None] = plan
+    x = torch.zeros(2, 8, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
+    chain = C.chain(natives, x, 0)
+    assert chain is not None
+    for _ in range(2):
+        log.clear()
+        out = chain.run(x)
+        assert out.shape == (2, 8, 4, 4)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert [name for name, *_ in log] == ["0a", "0b", "1a", "1b", "2a", "2b"]
+        assert all(grid == (3, 2, 1) and stream == 7 for _, grid, stream, _ in log)
+        args = [a[2:-1] for *_, a in log]
+        assert all(a[:2] == ("function", "metadata") and a[-1] == "tail" for *_, a in log)
+        assert args[0][0] == x.data_ptr()
+        assert args[5][1] == out.data_ptr() + 16
+        for i in range(3):
+            # the scratch of a block is its own, and the output of one the input of the next
+            assert args[2 * i][1] == args[2 * i + 1][0]
+            assert args[2 * i + 1][2] == 99
+            if i:
+                assert args[2 * i][0] + 16 == args[2 * i - 1][1]
+    # not before every block has run, and not where the input must be copied
+    assert C.chain(natives, x.contiguous(), 0) is None
+    plans[1].ready = False
+    assert C.chain(natives, x, 0) is None
