@@ -127,8 +127,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     block.pw_exp.conv.register_forward_hook(lambda *a: None)
     assert "hooks" in reason(x)
     assert "training" in reason(x, make().train())
-    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU today")
-    assert reason(x) == "there is no GPU today"
+    # within: the fixture has replaced it too
+    with monkeypatch.context() as today:
+        today.setattr(cuda, "unavailable", lambda: "there is no GPU today")
+        assert reason(x) == "there is no GPU today"
 
 
 def test_what_has_no_kernel_runs_its_original_forward(monkeypatch: pytest.MonkeyPatch) -> None:
