@@ -201,7 +201,8 @@ class Program:
         self._exact = self._dtype is not torch.float32
         self._shapes: dict[tuple[int, int, int], list[tuple[Any, tuple[int, ...], torch.memory_format]]] = {}
         module = kernels() if self._device is not None and self._device.type == "cuda" else None
-        self._chain, self._ahead = getattr(module, "chain", None), getattr(module, "compile_ahead", None)
+        self._chain: Any = getattr(module, "chain", None)
+        self._ahead: Any = getattr(module, "compile_ahead", None)
         self._chains: dict[tuple[Any, ...], Any] = {}
 
     def run(self, x: Tensor) -> Tensor:
