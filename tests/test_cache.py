@@ -182,6 +182,28 @@ def test_a_view_of_another_dtype_at_the_same_address_is_seen(name: str) -> None:
         pytest.skip("this torch keeps a dtype elsewhere: seen all the same, in more time")
 
 
+def test_versions_and_addresses_are_read_without_python() -> None:
+    core: Any = _native.core
+    if not core.tensor_functions_found():
+        pytest.skip("this torch has other functions: seen all the same, in more time")
+    block = make().requires_grad_(False)
+    check(block)
+    guard: Any = cache._sides[id(block)].plans["uib"].guard
+    assert guard.check(block, False) == 0
+    kept = block.pw_exp.bn.running_mean.data
+    block.pw_exp.bn.running_mean.data = kept.clone()
+    assert guard.check(block, False) == core.Guard.STALE
+    block.pw_exp.bn.running_mean.data = kept
+    assert guard.check(block, False) == 0
+    with torch.inference_mode():
+        block.pw_exp.bn.running_mean.add_(0.0)
+    assert guard.check(block, False) == core.Guard.STALE
+    # an inference tensor in its place has no version to ask for
+    with torch.inference_mode():
+        block.pw_exp.bn.running_mean = torch.zeros(len(kept))
+    assert guard.check(block, False) != 0
+
+
 @pytest.mark.parametrize(
     "change", [in_place, train_forward, data_swap, new_module, load, skip], ids=lambda f: f.__name__
 )

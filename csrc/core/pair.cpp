@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 
 #include "core/cpu_features.h"
 #include "core/program.h"
@@ -44,13 +45,23 @@ void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, co
   float* between = r.scratch(r.tid);
   float* scratch = between + p.between;
   const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(ga.w2) * kUnit;
+  const int units = units_of(a.desc().c_out);
+  const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(p.between) / units;
   auto image = [&](int i, int lo, int hi) {
     const View in = x.at(i), to = out.at(i);
+    Range have{0, 0};
     for (int y0 = lo; y0 < hi; y0 += p.band) {
       const int y1 = std::min(hi, y0 + p.band);
       const Range need = input_rows(b.desc(), gb, y0, y1);
-      View mid{between - need.lo * row, (need.hi - need.lo) * row, row, kUnit, 1};
-      a.run_alone(*r.kernels, in, mid, true, h, w, need.lo, need.hi, scratch);
+      const View mid{between - need.lo * row, plane, row, kUnit, 1};
+      // rows that the band before needed as well
+      const int kept = y0 > lo ? std::max(0, have.hi - need.lo) : 0;
+      for (int u = 0; u < units && kept > 0; ++u) {
+        float* rows = between + u * plane;
+        std::memmove(rows, rows + (need.lo - have.lo) * row, sizeof(float) * kept * row);
+      }
+      have = need;
+      if (need.lo + kept < need.hi) a.run_alone(*r.kernels, in, mid, true, h, w, need.lo + kept, need.hi, scratch);
       b.run_alone(*r.kernels, mid, to, padded, ga.h2, ga.w2, y0, y1, scratch);
     }
   };
