@@ -10,7 +10,7 @@ namespace mnv4 {
 // Sums of more than kSumWhole terms are cut at multiples of kSumBlock: each part starts from zero and is then added,
 // which keeps the rounding error of long sums at that of short ones.
 inline constexpr int kSumBlock = 160;
-inline constexpr int kSumWhole = 192;
+inline constexpr int kSumWhole = 288;
 
 struct GemmArgs {
   const float* a = nullptr;                 // first pixel, first k
