@@ -34,10 +34,9 @@ void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int
 
 namespace {
 
-// the convolution itself, whatever lies around the image; by_row: the weights have their columns last (see
-// by_kernel_row)
+// the convolution itself, whatever lies around the image
 void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
-             const GemmArgs& to, bool by_row = false) {
+             const GemmArgs& to) {
   const int n = d.expand_kernel, s = d.expand_stride, taps = n * n;
   // [ya, yb) x [xa, xb): windows inside of the image
   auto inside = [&](int before, int size, int out, int& lo, int& hi) {
@@ -69,11 +68,6 @@ void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc
       if (pixels_apart && v.pix == d.c_in) {
         off[runs++] = ky * v.row;
         len = n * d.c_in;
-        continue;
-      }
-      if (by_row) {
-        for (int c = 0; c < d.c_in; ++c) off[runs++] = ky * v.row + c * v.chan;
-        len = n;
         continue;
       }
       for (int kx = 0; kx < n; ++kx) {
@@ -124,31 +118,9 @@ void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc
 
 }  // namespace
 
-namespace {
-
-std::size_t window_floats(const BlockDesc& d) {
-  return static_cast<std::size_t>(d.expand_kernel) * d.expand_kernel * d.c_in * kUnit * units_of(d.c_mid);
-}
-
-// Weights [unit][ky][kx][c][16] as [unit][ky][c][kx][16]: in planes the columns of a window are consecutive.
-void by_kernel_row(const GemmArgs& g, const BlockDesc& d, float* to) {
-  const int n = d.expand_kernel;
-  for (int u = 0; u < g.units; ++u) {
-    const float* unit = g.b + u * g.b_unit;
-    for (int ky = 0; ky < n; ++ky) {
-      for (int c = 0; c < d.c_in; ++c) {
-        for (int kx = 0; kx < n; ++kx, to += kUnit)
-          std::memcpy(to, unit + ((ky * n + kx) * d.c_in + c) * kUnit, sizeof(float) * kUnit);
-      }
-    }
-  }
-}
-
-}  // namespace
-
 std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows) {
   const std::size_t pitch = static_cast<std::size_t>(g.left1) + g.w + g.right1;
-  return pitch * d.c_in * ((std::min(rows, kCopiedRows) - 1) * d.expand_stride + d.expand_kernel) + window_floats(d);
+  return pitch * d.c_in * ((std::min(rows, kCopiedRows) - 1) * d.expand_stride + d.expand_kernel);
 }
 
 void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
@@ -157,19 +129,13 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
   const int s = d.expand_stride, pitch = g.left1 + g.w + g.right1;
   const bool pixels = v.chan == 1 && v.pix == d.c_in;
   // the copy is an image of its own, with its borders inside
-  GemmArgs part = to;
-  float* const rows_at = t.local + window_floats(d);
-  if (!pixels) {
-    by_kernel_row(to, d, t.local);
-    part.b = t.local;
-  }
   Geometry inner = g;
   inner.w = pitch, inner.left1 = inner.right1 = inner.top1 = 0;
   for (int lo = y0; lo < y1; lo += kCopiedRows) {
     const int hi = std::min(y1, lo + kCopiedRows), first = lo * s - g.top1;
     const int rows = (hi - 1 - lo) * s + d.expand_kernel;
     View copy;
-    copy.p = rows_at;
+    copy.p = t.local;
     if (pixels) {
       copy.unit = kUnit, copy.chan = 1, copy.pix = d.c_in, copy.row = static_cast<std::ptrdiff_t>(pitch) * d.c_in;
     } else {
@@ -179,7 +145,7 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
     const int planes = pixels ? 1 : d.c_in, wide = pixels ? d.c_in : 1;
     for (int c = 0; c < planes; ++c) {
       for (int y = 0; y < rows; ++y) {
-        float* row = rows_at + c * copy.chan * (pixels ? 0 : 1) + y * copy.row;
+        float* row = t.local + c * copy.chan * (pixels ? 0 : 1) + y * copy.row;
         const int from = first + y;
         if (from < 0 || from >= g.h) {
           std::memset(row, 0, sizeof(float) * pitch * wide);
@@ -197,9 +163,10 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
       }
     }
     inner.h = rows, inner.h1 = hi - lo;
-    part.c = to.c + (lo - y0) * to.c_row;
-    if (to.res != nullptr) part.res = to.res + (lo - y0) * to.r_row;
-    windows(k, t, copy, d, inner, 0, hi - lo, part, !pixels);
+    GemmArgs part = to;
+    part.c += (lo - y0) * to.c_row;
+    if (part.res != nullptr) part.res += (lo - y0) * to.r_row;
+    windows(k, t, copy, d, inner, 0, hi - lo, part);
   }
 }
 
