@@ -312,11 +312,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       const Upcoming up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
       (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.own_pixels ? 0 : t.tid, t.n);
       gemm_split(k, t, b);
-      if (t.own_pixels) {
-        if (mid && c1 < ue) t.meet();  // others may still read the expanded rows of this chunk
-      } else {
-        t.sync();
-      }
+      t.sync();
+      if (t.own_pixels && mid && c1 < ue) t.meet();  // others may still read the expanded rows of this chunk
     }
     if (!d_.expand && d_.project) {
       GemmArgs b = in;

@@ -145,7 +145,7 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
     const int planes = pixels ? 1 : d.c_in, wide = pixels ? d.c_in : 1;
     for (int c = 0; c < planes; ++c) {
       for (int y = 0; y < rows; ++y) {
-        float* row = t.local + c * copy.chan * (pixels ? 0 : 1) + y * copy.row;
+        float* row = t.local + c * copy.chan + y * copy.row;
         const int from = first + y;
         if (from < 0 || from >= g.h) {
           std::memset(row, 0, sizeof(float) * pitch * wide);
