@@ -96,8 +96,65 @@ class Head:
     def export_blob(self) -> bytes: ...
     def import_blob(self, blob: bytes) -> None: ...
 
+class MobileMQA:
+    """Stages: 0 norm, 1 query_norm (without a weight), 2 query, 3 key_down, 4 key, 5 value_down, 6 value, 7 output."""
+
+    def __init__(
+        self,
+        *,
+        c: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        kv_kernel: int = 3,
+        kv_stride: int = 1,
+        query_stride: int = 1,
+        norm: bool = True,
+        query_norm: bool = False,
+        padding: str = "symmetric",
+        residual: bool = True,
+    ) -> None: ...
+    def pack(
+        self,
+        stage: int,
+        weight: int = 0,
+        bias: int = 0,
+        bn_weight: int = 0,
+        bn_bias: int = 0,
+        bn_mean: int = 0,
+        bn_var: int = 0,
+        eps: float = 0.0,
+        gamma: int = 0,
+    ) -> None: ...
+    def output_shape(self, n: int, h: int, w: int) -> tuple[int, int, int, int]: ...
+    def run(self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, threads: int) -> None: ...
+    def scratch_bytes(self, h: int, w: int, threads: int = 1) -> int: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    def export_blob(self) -> bytes: ...
+    def import_blob(self, blob: bytes) -> None: ...
+
+def attention(
+    q: int,
+    q_strides: Sequence[int],
+    k: int,
+    k_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    out: int,
+    out_strides: Sequence[int],
+    n: int,
+    heads: int,
+    nq: int,
+    nk: int,
+    key_dim: int,
+    value_dim: int,
+    scale: float,
+    threads: int,
+) -> None: ...  # [n, heads, rows, channels], one head of k and v
+
 class Program:
-    def __init__(self, ops: list[Block | Head]) -> None: ...
+    def __init__(self, ops: list[Block | MobileMQA | Head]) -> None: ...
     def output_shape(self, n: int, h: int, w: int) -> tuple[int, ...]: ...
     def workspace_bytes(self, n: int, h: int, w: int, threads: int = 1) -> int: ...
     def scratch_bytes(self, h: int, w: int, threads: int = 1) -> int: ...

@@ -88,6 +88,7 @@ class Plan:
     recipe: list[Part | Call] = field(default_factory=list)
     program: Any = None  # the only step, if it is one
     c_in: int = 0
+    refuses: Callable[[int, int], str | None] | None = None  # of a block that does not take every size
     dtype: torch.dtype | None = None  # of the weights
     device: torch.device | None = None
     index: int = -2  # of the device, as Tensor.get_device() gives it
@@ -245,6 +246,7 @@ def _fill(plan: Plan, rec: Recorder, found: Part | Recipe, force: bool) -> None:
         packed = _pack_part(rec, plan, found, force)
         plan.run = packed.backend.runner(packed.native, packed.layout)
         plan.c_in = packed.layout.c_in
+        plan.refuses = packed.layout.refuses if packed.layout.query_stride > 1 else None
         plan.recipe = [_noted(found, plan)]
         return
     plan.steps = list(_steps(rec, plan, found, force))

@@ -19,7 +19,7 @@ import torch
 from mnv4_ops import _native
 from mnv4_ops.reference import functional as R
 from mnv4_ops.reference import modules, randomize_
-from mnv4_ops.spec import MODELS, ConvSpec, FusedIBSpec, HeadSpec, Spec, UIBSpec, head_spec, ledger
+from mnv4_ops.spec import MODELS, ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec, head_spec, ledger
 
 _RMS_FROM = 1024
 _QUICK_SIDE = 13
@@ -82,7 +82,7 @@ def cases(*, quick: bool = False) -> list[Case]:
     """
     found: dict[tuple[Spec, int, int], str] = {}
     for entry in ledger():
-        if isinstance(entry.spec, (ConvSpec, FusedIBSpec, UIBSpec)):
+        if isinstance(entry.spec, (ConvSpec, FusedIBSpec, MQASpec, UIBSpec)):
             found.setdefault((entry.spec, entry.height, entry.width), f"{entry.model} {entry.name}")
     for model in MODELS:
         last = next(e for e in ledger(model) if e.name == "4.0")
@@ -150,7 +150,21 @@ def describe(spec: Spec, params: Any) -> Description:
         }  # fmt: skip
         layers = [(0, params.feat), (1, params.hidden), (2, params.classifier)]
         return Description("Head", keywords, [(i, layer, None) for i, layer in layers if layer is not None])
-    raise TypeError(f"native_block: expected a UIBSpec, FusedIBSpec, ConvSpec or HeadSpec, got {type(spec).__name__}")
+    if isinstance(spec, MQASpec):
+        keywords = {
+            "c": spec.c, "heads": spec.heads, "key_dim": spec.key_dim, "value_dim": spec.value_dim,
+            "kv_kernel": spec.kv_kernel, "kv_stride": spec.kv_stride, "query_stride": spec.query_stride,
+            "norm": params.norm is not None, "query_norm": params.query_norm is not None,
+            "padding": spec.padding, "residual": spec.residual,
+        }  # fmt: skip
+        bare = [None if bn is None else R.ConvBN(None, bn) for bn in (params.norm, params.query_norm)]
+        p = params
+        branches = [*bare, p.query, p.key_down, p.key, p.value_down, p.value, p.output]
+        stages = [(i, layer, p.gamma if i == 7 else None) for i, layer in enumerate(branches) if layer is not None]
+        return Description("MobileMQA", keywords, stages)
+    raise TypeError(
+        f"native_block: expected a UIBSpec, FusedIBSpec, ConvSpec, MQASpec or HeadSpec, got {type(spec).__name__}"
+    )
 
 
 def pack(native: Native, description: Description, give: Callable[[torch.Tensor | None], Any]) -> Native:
@@ -173,8 +187,8 @@ def pack(native: Native, description: Description, give: Callable[[torch.Tensor 
 
 
 def native_block(spec: Spec, params: Any) -> Native:
-    """`_core.Block` or `_core.Head` of a spec, packed from float32 parameters (reference.functional's tuples), for
-    the tier in force.
+    """`_core.Block`, `_core.MobileMQA` or `_core.Head` of a spec, packed from float32 parameters
+    (reference.functional's tuples), for the tier in force.
     """
     core = _native.core
     assert core is not None

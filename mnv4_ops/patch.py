@@ -211,6 +211,19 @@ def _wrap(target: Target, cls: type, original: Any) -> Any:
             return _mnv4_serve(self, x, pre_logits)
 
         forward = with_flag
+    elif target.extra is not None:
+        _mnv4_refuse: Any = serve.extra(target, original)
+
+        def with_mask(self: Any, x: Any, attn_mask: Any = None) -> Any:
+            if not (_mnv4_switch.everything or id(self) in _mnv4_switch.ids):
+                return _mnv4_original(self, x, attn_mask)
+            if attn_mask is not None:
+                return _mnv4_original(self, x, attn_mask) if _mnv4_compiling() else _mnv4_refuse(self, x, attn_mask)
+            if _mnv4_compiling():
+                return _mnv4_trace(self, x)
+            return _mnv4_serve(self, x)
+
+        forward = with_mask
     else:
 
         def plain(self: Any, x: Any) -> Any:

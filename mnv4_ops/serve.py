@@ -82,9 +82,11 @@ class Report:
                     if step.slot.endswith("+feat"):
                         reached.add(_last_block(model, base))
         targets = {(t.module, t.cls) for t in TARGETS if t.block}
+        whole = {row.name for row in self.rows if row.served}
         for name, module in model.named_modules():
             kind = type(module)
-            if (kind.__module__, kind.__name__) in targets and name not in reached:
+            inside = "(model)" in whole or any(name[:i] in whole for i, char in enumerate(name) if char == ".")
+            if (kind.__module__, kind.__name__) in targets and name not in reached and not inside:
                 self.rows.append(Row(name or "(model)", kind.__name__, None, missing))
         order = {name: i for i, name in enumerate(names.values())}
         self.rows.sort(key=lambda row: -1 if row.name == "stem" else order.get(row.name, len(order)))
@@ -215,7 +217,7 @@ def block(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]
                 plan, reason = _checked(self, x, name, describe, grad)
             if reason is None:
                 _, c, h, w = x.shape
-                if not (c == plan.c_in and h and w):
+                if not (c == plan.c_in and h and w) or (plan.refuses is not None and plan.refuses(h, w)):
                     return original(self, x)
                 try:
                     out = plan.run(x)
@@ -228,6 +230,16 @@ def block(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]
         # Mobile MQA has no kernel to expect
         _refuse(self, "forward", reason, expected="not available yet" not in reason)
         return original(self, x)
+
+    return run
+
+
+def extra(target: Target, original: Any) -> Callable[[Any, Any, Any], Any]:
+    """The wrapper's work for a block that is called with the argument that no kernel takes."""
+
+    def run(self: Any, x: Any, value: Any) -> Any:
+        _refuse(self, "forward", f"{target.extra} is given", expected=True)
+        return original(self, x, value)
 
     return run
 
@@ -315,6 +327,8 @@ def traced(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any
         try:
             part = describe(rec)
             layout = LAYOUTS[part.op](part.params, part.eps, *part.args)
+            if layout.query_stride > 1:
+                return None
             device: Any = layout.device
             backend = BY_DEVICE.get(device.type)
             if backend is None or backend.unavailable() is not None or layout.dtype not in DTYPES[device.type]:

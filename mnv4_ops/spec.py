@@ -322,8 +322,9 @@ class MQASpec(Spec):
     BN (pre-norm, shortcut taken before it) -> attention of `heads` query heads to one key and one value head
     -> [layer scale] -> [+ x]. K and V each: [DW kv_kernel stride kv_stride + BN] (only if kv_stride > 1) -> 1x1.
     Q: [average pool query_stride + BN] -> 1x1, undone by bilinear up-sampling (align_corners=False) before the 1x1 out.
-    No biases. Input and output [N, c, h, w]; with query_stride s and symmetric padding the output is
-    [N, c, h//s*s, w//s*s], so that a residual needs h and w divisible by s.
+    Without `norm` it is the attention alone (timm `MultiQueryAttention2d`). No biases. Input and output [N, c, h, w];
+    with query_stride s and symmetric padding the output is [N, c, h//s*s, w//s*s], so that a residual needs h and w
+    divisible by s.
     """
 
     c: int
@@ -336,13 +337,14 @@ class MQASpec(Spec):
     residual: bool = True
     layer_scale: bool = False
     padding: str = "symmetric"
+    norm: bool = True
 
     def _validate(self) -> None:
         self._at_least(1, "c", "heads", "key_dim", "value_dim")
         self._one_of("kv_stride", (1, 2))
         self._one_of("query_stride", (1, 2))
         self._one_of("kv_kernel", (3, 5))
-        self._flags("residual", "layer_scale")
+        self._flags("residual", "layer_scale", "norm")
         self._one_of("padding", PADDINGS)
 
     @property
@@ -374,7 +376,8 @@ class MQASpec(Spec):
 
     def _parts(self, h: int, w: int) -> Iterator[_Part]:
         (hq, wq), (hk, wk), (ho, wo) = self.query_hw(h, w), self.kv_hw(h, w), self.out_hw(h, w)
-        yield _Part(0, 0, self.c)
+        if self.norm:
+            yield _Part(0, 0, self.c)
         if self.query_stride > 1:
             yield _Part(0, 0, self.c)
         yield _Part(hq * wq, self.c * self.heads * self.key_dim, 0)

@@ -68,7 +68,47 @@ CASES: dict[str, Any] = {
         (1, "symmetric", "relu", "none", False),
     ),
     "head": lambda: (12, head_params(12), [1e-5, 1e-5, 0.0], ("relu",)),
+    "mobile_mqa": lambda: (20, *mqa_params(20, 3, 16, 24, 2, 1), (3, 2, 1, "symmetric", True)),
 }
+
+
+def mqa_params(c: int, heads: int, key_dim: int, value_dim: int, kv_stride: int, query_stride: int) -> Any:
+    """Stages of mobile_mqa and their eps."""
+    down = kv_stride > 1
+    params = [
+        *[None, None, *stage(c, 1)[2:]],
+        *([None, None, *stage(c, 1)[2:]] if query_stride > 1 else ABSENT),
+        *stage(heads * key_dim, c, bn=False),
+        *(stage(c, 1, 3) if down else ABSENT),
+        *stage(key_dim, c, bn=False),
+        *(stage(c, 1, 3) if down else ABSENT),
+        *stage(value_dim, c, bn=False, bias=True),
+        *stage(c, heads * value_dim, bn=False),
+        torch.rand(c) + 0.2,
+    ]
+    return params, [1e-3, 1e-5, 0.0, 1e-4, 0.0, 1e-5, 0.0, 0.0]
+
+
+def expected_mqa(x: Tensor, params: list[Any], eps: list[float], args: tuple[Any, ...]) -> Tensor:
+    heads, kv_stride, query_stride, _, residual = args
+    s = [params[i : i + 6] for i in range(0, 48, 6)]
+
+    def norm(x: Tensor, i: int) -> Tensor:
+        return F.batch_norm(x, s[i][4], s[i][5], s[i][2], s[i][3], eps=eps[i])
+
+    y = norm(x, 0)
+    q = norm(F.avg_pool2d(y, 2), 1) if query_stride > 1 else y
+    q = apply(q, s[2], 0.0)
+    k, v = (apply(apply(y, s[i], eps[i], kv_stride), s[i + 1], 0.0) for i in (3, 5))
+    n, _, h, w = q.shape
+    q = q.reshape(n, heads, q.shape[1] // heads, h * w).transpose(2, 3)
+    k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (k, v))
+    out = torch.softmax(q @ k.transpose(2, 3) * k.shape[3] ** -0.5, -1) @ v
+    y = out.transpose(2, 3).reshape(n, heads * v.shape[3], h, w)
+    if query_stride > 1:
+        y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+    y = apply(y, s[7], 0.0) * params[48].view(1, -1, 1, 1)
+    return y + x if residual else y
 
 
 def expected(op: str, x: Tensor, params: list[Any], eps: list[float], args: tuple[Any, ...]) -> Tensor:
@@ -82,6 +122,8 @@ def expected(op: str, x: Tensor, params: list[Any], eps: list[float], args: tupl
         return y + x if residual else y
     if op == "fused_ib":
         return apply(apply(x, s[0], eps[0], args[0], args[2]), s[1], eps[1])
+    if op == "mobile_mqa":
+        return expected_mqa(x, params, eps, args)
     if op in ("conv_bn_act", "depthwise"):
         return apply(x, s[0], eps[0], args[0], args[2])
     if op == "pointwise":

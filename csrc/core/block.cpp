@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/rows.h"
+
 namespace mnv4 {
 namespace {
 
-constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
-constexpr int kOwnPixels = 64;   // expanded pixels of a thread from which on it is worth reading all weights for them
+constexpr int kOwnPixels = 64;  // expanded pixels of a thread from which on it is worth reading all weights for them
 
 }  // namespace
 
@@ -109,44 +110,9 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
 
 namespace {
 
-// Depthwise of one unit for output pixels [p0, p1) of an image `w` wide; dst holds them from pixel `origin` on. row(y)
-// is the offset of input row y, negative outside of the image.
-template <class Row>
-void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int origin, int p0, int p1, Row row) {
-  const float* src = a.src;
-  float* dst = a.dst;
-  a.dst_row = static_cast<std::ptrdiff_t>(w) * kUnit;
-  std::ptrdiff_t off[kRowsAtOnce * 5];
-  a.row_off = off;
-  for (int p = p0; p < p1; p += a.rows * a.cols) {
-    const int y = p / w, x = p % w;
-    const bool whole = x == 0 && p1 - p >= w;
-    a.rows = whole ? std::min(kRowsAtOnce, (p1 - p) / w) : 1;
-    a.cols = whole ? w : std::min(w - x, p1 - p);
-    for (int r = 0; r < a.rows; ++r) {
-      for (int ky = 0; ky < a.kernel; ++ky) off[r * a.kernel + ky] = row((y + r) * a.stride - top + ky);
-    }
-    a.src = src + static_cast<std::ptrdiff_t>(x) * a.stride * kUnit;
-    a.dst = dst + static_cast<std::ptrdiff_t>(p - origin) * kUnit;
-    k.depthwise(a);
-  }
-}
-
 // Asks for lines that another thread has written: all at once, since each may be a long way off.
 void fetch(const float* p, std::ptrdiff_t floats) {
   for (std::ptrdiff_t i = 0; i < floats; i += kUnit) __builtin_prefetch(p + i, 0, 2);
-}
-
-// copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders
-void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi,
-               float* dst) {
-  const std::ptrdiff_t pitch = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
-  for (int y = std::max(lo, 0); y < std::min(hi, g.h); ++y) {
-    float* row = dst + (y - lo) * pitch;
-    std::memset(row, 0, sizeof(float) * g.left1 * kUnit);
-    std::memset(row + (g.left1 + g.w) * kUnit, 0, sizeof(float) * g.right1 * kUnit);
-    k.load_unit(x.p + u * x.unit + y * x.row, x.pix, x.chan, g.w, channels, row + g.left1 * kUnit);
-  }
 }
 
 }  // namespace

@@ -110,6 +110,12 @@ struct StageParams {
   const float* gamma = nullptr;
 };
 
+/// What BatchNorm, the convolution's bias and layer scale make of output channel o of a convolution.
+struct Affine {
+  double scale, shift;
+};
+Affine affine(const StageParams& p, int o);
+
 struct AlignedFree {
   std::shared_ptr<void> chunk;  // the pool's memory that the buffer is a part of; empty: a buffer of its own
   void operator()(float* p) const;

@@ -23,7 +23,7 @@ struct GemmArgs {
   std::ptrdiff_t b_unit = 0;     // floats between units of b
   const float* then = nullptr;   // weights that this thread reads next, fetched during the last units; may be null
   std::ptrdiff_t then_unit = 0;  // floats between units there
-  const float* bias = nullptr;   // [unit][16]; added when last_k
+  const float* bias = nullptr;   // [unit][16]; added when last_k; may be null
   float* c = nullptr;
   std::ptrdiff_t c_pix = 0, c_row = 0, c_unit = 0;
   const float* res = nullptr;  // added after the activation when last_k; may be null
@@ -48,6 +48,14 @@ struct DepthwiseArgs {
   Act act = Act::none;
 };
 
+// Softmax over the keys of each row of scores, which are in units of log2 e: S becomes 2^(S - max) in place.
+struct SoftmaxArgs {
+  float* s = nullptr;       // [unit of keys][row][16]
+  std::ptrdiff_t unit = 0;  // floats between units
+  int rows = 0, units = 0;
+  float* inverse = nullptr;  // [row]: 1 / sum
+};
+
 struct KernelTable {
   const char* name;
   void (*gemm)(const GemmArgs&);
@@ -58,6 +66,11 @@ struct KernelTable {
   void (*store_unit)(const float* src, float* dst, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels);
   // dst[16] += sum over `pixels` of src[pixels][16]
   void (*sum)(const float* src, int pixels, float* dst);
+  void (*softmax)(const SoftmaxArgs&);
+  // c[unit][row][16] *= factor[row]
+  void (*scale_rows)(float* c, std::ptrdiff_t unit, int units, int rows, const float* factor);
+  // x[pixel][16] = x * scale[16] + shift[16]
+  void (*affine)(float* x, int pixels, const float* scale, const float* shift);
   // floating-point operations of one pass of a register-only multiply-add loop (for the measured peak)
   double (*fma_burst)(int iterations);
 };

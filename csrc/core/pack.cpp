@@ -6,13 +6,6 @@
 
 namespace mnv4 {
 
-namespace {
-
-// scale and shift of one output channel after BatchNorm and layer scale, in float64
-struct Affine {
-  double scale, shift;
-};
-
 Affine affine(const StageParams& p, int o) {
   double scale = 1.0, shift = p.bias != nullptr ? p.bias[o] : 0.0;
   if (p.bn_mean != nullptr && p.bn_var != nullptr) {
@@ -26,8 +19,6 @@ Affine affine(const StageParams& p, int o) {
   }
   return {scale, shift};
 }
-
-}  // namespace
 
 void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, float* weight, float* bias) {
   const int taps = kernel * kernel;

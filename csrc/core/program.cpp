@@ -18,7 +18,32 @@ const Head* head(const Op& op) {
   return p != nullptr ? *p : nullptr;
 }
 
-int inputs(const Op& op) { return block(op) != nullptr ? block(op)->desc().c_in : head(op)->desc().c_in; }
+const Mqa* attention(const Op& op) {
+  const Mqa* const* m = std::get_if<const Mqa*>(&op);
+  return m != nullptr ? *m : nullptr;
+}
+
+// of an operation that gives images
+int outputs(const Op& op) { return block(op) != nullptr ? block(op)->desc().c_out : attention(op)->desc().c; }
+
+struct Size {
+  int h, w;
+};
+Size size_after(const Op& op, int h, int w) {
+  if (const Block* b = block(op)) {
+    const Geometry g = geometry(b->desc(), h, w);
+    return {g.h2, g.w2};
+  }
+  const MqaGeometry g = geometry(attention(op)->desc(), h, w);
+  return {g.ho, g.wo};
+}
+
+Upcoming upcoming(const std::vector<Op>& ops, std::size_t i) {
+  if (i >= ops.size()) return {};
+  if (const Block* b = block(ops[i])) return b->upcoming();
+  if (const Mqa* m = attention(ops[i])) return m->upcoming();
+  return {};
+}
 
 // canonical channels_last
 Tensor image_tensor(float* p, int channels, int h, int w) {
@@ -69,21 +94,22 @@ class Walk {
       const std::size_t first = i;
       if (pair.band > 0) ++i;
       Region here = r;
-      here.after = i + 1 < ops.size() && block(ops[i + 1]) != nullptr ? block(ops[i + 1])->upcoming() : Upcoming{};
-      const BlockDesc& d = block(ops[i])->desc();
-      Geometry g = geometry(block(ops[first])->desc(), s.h, s.w);
-      if (i > first) g = geometry(d, g.h2, g.w2);
+      here.after = upcoming(ops, i + 1);
+      Size g = size_after(ops[first], s.h, s.w);
+      if (i > first) g = size_after(ops[i], g.h, g.w);
       const bool end = i + 1 == to;
-      const Tensor out = end ? final : blocked_tensor(half[i % 2], d.c_out, g.h2, g.w2);
+      const Tensor out = end ? final : blocked_tensor(half[i % 2], outputs(ops[i]), g.h, g.w);
       bool together = false;
-      if (i > first) {
+      if (const Mqa* m = attention(ops[i])) {
+        together = m->run(here, s.x, out, !end || padded, n, s.h, s.w);
+      } else if (i > first) {
         run_pair(pair, here, *block(ops[first]), *block(ops[i]), s.x, out, !end || padded, n, s.h, s.w);
       } else {
         together = block(ops[i])->run(here, s.x, out, !end || padded, n, s.h, s.w);
       }
       if (!together && r.n > 1) r.barrier->wait(r.tid, r.n);
       lap(first);
-      s = {out, g.h2, g.w2};
+      s = {out, g.h, g.w};
     }
     return s;
   }
@@ -140,16 +166,21 @@ void body(void* ctx, int tid, int threads) {
 
 }  // namespace
 
+int input_channels(const Op& op) {
+  if (const Mqa* m = attention(op)) return m->desc().c;
+  return block(op) != nullptr ? block(op)->desc().c_in : head(op)->desc().c_in;
+}
+
 std::string check(const std::vector<Op>& ops) {
-  if (ops.empty()) return "ops is empty, expected at least one Block or Head";
-  int channels = inputs(ops[0]);
+  if (ops.empty()) return "ops is empty, expected at least one Block, MobileMQA or Head";
+  int channels = input_channels(ops[0]);
   for (std::size_t i = 0; i < ops.size(); ++i) {
-    if (inputs(ops[i]) != channels) {
-      return "ops[" + std::to_string(i) + "] takes " + std::to_string(inputs(ops[i])) + " channels, expected the " +
-             std::to_string(channels) + " that come before it";
+    if (input_channels(ops[i]) != channels) {
+      return "ops[" + std::to_string(i) + "] takes " + std::to_string(input_channels(ops[i])) +
+             " channels, expected the " + std::to_string(channels) + " that come before it";
     }
-    if (const Block* b = block(ops[i])) {
-      channels = b->desc().c_out;
+    if (head(ops[i]) == nullptr) {
+      channels = outputs(ops[i]);
     } else if (i + 1 != ops.size()) {
       return "ops[" + std::to_string(i) + "] is a Head, expected it last";
     }
@@ -161,10 +192,21 @@ Shape output_shape(const std::vector<Op>& ops, int n, int h, int w) {
   Shape s{n, 0, h, w};
   for (const Op& op : ops) {
     if (const Head* last = head(op)) return {n, last->features(), 0, 0};
-    const Geometry g = geometry(block(op)->desc(), s.h, s.w);
-    s = {n, block(op)->desc().c_out, g.h2, g.w2};
+    const Size g = size_after(op, s.h, s.w);
+    s = {n, outputs(op), g.h, g.w};
   }
   return s;
+}
+
+std::string refuses(const std::vector<Op>& ops, int h, int w) {
+  for (const Op& op : ops) {
+    if (head(op) != nullptr) break;
+    const std::string expected = attention(op) != nullptr ? attention(op)->refuses(h, w) : std::string();
+    if (!expected.empty()) return std::to_string(h) + " x " + std::to_string(w) + " pixels, expected " + expected;
+    const Size g = size_after(op, h, w);
+    h = g.h, w = g.w;
+  }
+  return {};
 }
 
 namespace {
@@ -174,17 +216,16 @@ std::size_t prefix_of(const std::vector<Op>& ops, const std::vector<Pair>& pairs
   const std::size_t each = static_cast<std::size_t>(n / threads), l2 = cpu_info().l2 / sizeof(float);
   if (each < 2) return 0;
   std::size_t i = 0;
-  while (i < ops.size() && block(ops[i]) != nullptr) {
+  while (i < ops.size() && head(ops[i]) == nullptr) {
     const std::size_t last = i + (pairs[i].band > 0);
-    const BlockDesc& d = block(ops[last])->desc();
-    const std::size_t in = static_cast<std::size_t>(units_of(block(ops[i])->desc().c_in)) * kUnit * h * w;
+    const std::size_t in = static_cast<std::size_t>(units_of(input_channels(ops[i]))) * kUnit * h * w;
     std::size_t weights = 0;
     for (std::size_t j = i; j <= last; ++j) {
-      const Geometry g = geometry(block(ops[j])->desc(), h, w);
-      h = g.h2, w = g.w2;
-      weights += block(ops[j])->blob_floats();
+      const Size g = size_after(ops[j], h, w);
+      h = g.h, w = g.w;
+      weights += block(ops[j]) != nullptr ? block(ops[j])->blob_floats() : attention(ops[j])->blob_floats();
     }
-    const std::size_t images = in + static_cast<std::size_t>(units_of(d.c_out)) * kUnit * h * w;
+    const std::size_t images = in + static_cast<std::size_t>(units_of(outputs(ops[last]))) * kUnit * h * w;
     if (each * images < l2 / 2 || weights > images) break;
     i = last + 1;
   }
@@ -203,24 +244,22 @@ ProgramPlan plan_program(const std::vector<Op>& ops, int n, int h, int w, int th
     p.pairs[i] = i > 0 && p.pairs[i - 1].band > 0 ? Pair{} : pair_at(ops, i, y, x);
     // a region may get fewer threads than asked for
     for (int t = 1; t <= threads; ++t) {
-      const std::size_t need =
-          block(op) != nullptr ? block(op)->scratch_floats(y, x, t) : head(op)->scratch_floats(y, x, t);
+      const std::size_t need = std::visit([&](auto* o) { return o->scratch_floats(y, x, t); }, op);
       p.scratch = std::max(p.scratch, (need * t + threads - 1) / threads);
       if (t == 1) p.scratch = std::max(p.scratch, need);
     }
     p.scratch = std::max(p.scratch, p.pairs[i].scratch);
-    if (const Block* b = block(op)) {
-      const Geometry g = geometry(b->desc(), y, x);
-      y = g.h2, x = g.w2;
+    if (head(op) == nullptr) {
+      const Size g = size_after(op, y, x);
+      y = g.h, x = g.w;
     }
   }
   p.scratch = (p.scratch + 15) / 16 * 16;
   p.prefix = prefix_of(ops, p.pairs, n, h, w, threads);
   for (std::size_t i = 0; i + 1 < ops.size(); ++i) {
-    const BlockDesc& d = block(ops[i])->desc();
-    const Geometry g = geometry(d, h, w);
-    const std::size_t floats = static_cast<std::size_t>(units_of(d.c_out)) * kUnit * g.h2 * g.w2;
-    h = g.h2, w = g.w2;
+    const Size g = size_after(ops[i], h, w);
+    const std::size_t floats = static_cast<std::size_t>(units_of(outputs(ops[i]))) * kUnit * g.h * g.w;
+    h = g.h, w = g.w;
     if (p.pairs[i].band > 0) continue;  // the image between a pair is never whole
     if (i + 1 < p.prefix) {
       p.image = std::max(p.image, floats);

@@ -1,4 +1,5 @@
-// Blocks (and at most one head, last) run back to back in one parallel region; blocked activations in between.
+// Blocks, attention blocks (and at most one head, last) run back to back in one parallel region; blocked activations in
+// between.
 #pragma once
 
 #include <variant>
@@ -6,10 +7,11 @@
 
 #include "core/block.h"
 #include "core/head.h"
+#include "core/mqa.h"
 
 namespace mnv4 {
 
-using Op = std::variant<const Block*, const Head*>;
+using Op = std::variant<const Block*, const Head*, const Mqa*>;
 
 struct Shape {
   int n = 0, c = 0, h = 0, w = 0;  // h = w = 0: [n, c]
@@ -28,6 +30,9 @@ void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, co
 /// Empty when each op accepts what the one before it gives.
 std::string check(const std::vector<Op>& ops);
 Shape output_shape(const std::vector<Op>& ops, int n, int h, int w);
+/// Empty when all ops take the sizes that an input of h x w pixels gives them.
+std::string refuses(const std::vector<Op>& ops, int h, int w);
+int input_channels(const Op& op);
 
 /// How a list runs on inputs of one size.
 struct ProgramPlan {

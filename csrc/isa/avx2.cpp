@@ -33,12 +33,25 @@ struct Vec256 {
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
+  static constexpr float kLeastPower = -127.0f;  // pow2 of it is 0
+  static MNV4_INLINE float reduce_max(reg x) {
+    const __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+  static MNV4_INLINE float reduce_add(reg x) {
+    const __m128 h = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
 };
 
 #include "kernels/activation.h"
 #include "kernels/depthwise.h"
 #include "kernels/gemm.h"
 #include "kernels/move.h"
+#include "kernels/softmax.h"
+#include "kernels/table.h"
 
 // 16 registers: 6 pixels x 2 vectors of accumulators
 struct Config {

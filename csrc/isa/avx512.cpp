@@ -30,12 +30,17 @@ struct Vec512 {
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
   }
+  static constexpr float kLeastPower = -160.0f;  // pow2 of it is 0
+  static MNV4_INLINE float reduce_max(reg x) { return _mm512_reduce_max_ps(x); }
+  static MNV4_INLINE float reduce_add(reg x) { return _mm512_reduce_add_ps(x); }
 };
 
 #include "kernels/activation.h"
 #include "kernels/depthwise.h"
 #include "kernels/gemm.h"
 #include "kernels/move.h"
+#include "kernels/softmax.h"
+#include "kernels/table.h"
 
 struct Config {
   using V = Vec512;

@@ -43,6 +43,12 @@ struct Vec4 {
     return as_float((as_int(n + magic) - as_int(magic) + 127) << 23);
   }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return pick(a > b, yes, no); }
+  static constexpr float kLeastPower = -127.0f;  // pow2 of it is 0
+  static MNV4_INLINE float reduce_max(reg x) {
+    const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+    return a > b ? a : b;
+  }
+  static MNV4_INLINE float reduce_add(reg x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
  private:
   static MNV4_INLINE ireg as_int(reg x) { return reinterpret_cast<ireg>(x); }
@@ -56,6 +62,8 @@ struct Vec4 {
 #include "kernels/depthwise.h"
 #include "kernels/gemm.h"
 #include "kernels/move.h"
+#include "kernels/softmax.h"
+#include "kernels/table.h"
 
 struct Config {
   using V = Vec4;

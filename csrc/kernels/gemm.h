@@ -70,10 +70,12 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
 
   if (g.last_k) {
     // a bias that outweighs the sum would swallow its low bits if it came first
-    unroll<NV>([&](auto j) MNV4_LAMBDA {
-      const reg v = V::load(bias + j * V::W);
-      unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * NV + j] = V::add(acc[m * NV + j], v); });
-    });
+    if (bias != nullptr) {
+      unroll<NV>([&](auto j) MNV4_LAMBDA {
+        const reg v = V::load(bias + j * V::W);
+        unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * NV + j] = V::add(acc[m * NV + j], v); });
+      });
+    }
     if (g.act == Act::relu) {
       unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = relu<V>(acc[i]); });
     } else if (g.act == Act::relu6) {

@@ -62,9 +62,3 @@ double fma_burst(int iterations) {
   (void)sink;
   return 2.0 * 8 * N * V::W * iterations;
 }
-
-template <class Cfg>
-constexpr KernelTable make_table(const char* name) {
-  using V = typename Cfg::V;
-  return {name, gemm<Cfg>, depthwise<Cfg>, load_unit<V>, store_unit<V>, sum_pixels<V>, fma_burst<V>};
-}

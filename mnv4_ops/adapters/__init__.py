@@ -17,14 +17,15 @@ class Target(NamedTuple):
     adapter: str
     plans: tuple[str, ...]
     block: bool  # (Recorder, node) -> Part, or (Recorder) -> Recipe
+    extra: str | None = None  # an argument after the input that has to be None
 
 
 _TIMM_BLOCKS, _TIMM_MODELS = "timm.models._efficientnet_blocks", "timm.models.mobilenetv3"
 _OUR_BLOCKS, _OUR_MODELS = "mnv4_ops.reference.modules", "mnv4_ops.reference.models"
 
 
-def _block(module: str, cls: str, adapter: str, plan: str) -> Target:
-    return Target(module, cls, "forward", f"mnv4_ops.adapters.{adapter}", (plan,), True)
+def _block(module: str, cls: str, adapter: str, plan: str, extra: str | None = None) -> Target:
+    return Target(module, cls, "forward", f"mnv4_ops.adapters.{adapter}", (plan,), True, extra)
 
 
 def _model(module: str, cls: str, method: str, adapter: str, *plans: str) -> Target:
@@ -36,6 +37,7 @@ TARGETS = (
     _block(_TIMM_BLOCKS, "EdgeResidual", "timm", "edge_residual"),
     _block(_TIMM_BLOCKS, "ConvBnAct", "timm", "conv_bn_act"),
     _block(_TIMM_BLOCKS, "MobileAttention", "timm", "mobile_attention"),
+    _block("timm.layers.attention2d", "MultiQueryAttention2d", "timm", "multi_query_attention", "attn_mask"),
     _model(_TIMM_MODELS, "MobileNetV3", "forward", "timm"),
     _model(_TIMM_MODELS, "MobileNetV3", "forward_features", "timm"),
     _model(_TIMM_MODELS, "MobileNetV3", "forward_head", "timm", "forward_head", "pre_logits"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, Spec, UIBSpec
+from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec
 
-from .layers import ABSENT, Stage, padding_of
+from .layers import ABSENT, Family, Stage, bare_norm, conv, doubling, norm, padding_of, sequence
 from .record import Call, Part, Recipe, Recorder, Unsupported
+
+# kinds of devices with a kernel for attention
+MQA_DEVICES = ("cpu",)
 
 # the stages of a model's head but its classifier, read from the modules of one library
 Hidden = Callable[[Recorder], Stage]
@@ -95,6 +100,106 @@ def conv_bn_act(rec: Recorder, node: int, stage: Stage, slot: str = "block") -> 
     spec = _spec(rec, node, ConvSpec, stage.c_in, stage.c_out, stage.kernel, stage.stride, stage.act, padding)
     params, eps = _params(stage)
     return _part(rec, node, slot, spec, "conv_bn_act", params, eps, stage.stride, padding, stage.act)
+
+
+@dataclass
+class Attention:
+    """The stages of an attention block; the depthwise ones are None without a stride of keys and values."""
+
+    query: Stage
+    key: Stage
+    value: Stage
+    output: Stage
+    query_norm: Stage | None = None
+    key_down: Stage | None = None
+    value_down: Stage | None = None
+    heads: int = 1
+    query_stride: int = 1
+    padding: str | None = None  # of the pool of the queries
+
+
+def attention(
+    rec: Recorder, node: int, heads: int, family: Family, pool: Callable[[Recorder, int], str | None]
+) -> Attention:
+    """The four branches `query`, `key`, `value`, `output` of an attention module. `pool` checks the pool of the queries
+    and says its padding.
+    """
+    rec.evaluating(node)
+
+    def only(names: dict[str, int], what: str, *allowed: tuple[str, ...]) -> None:
+        if tuple(names) not in allowed:
+            raise Unsupported(f"{rec.path(node, what)}: layers {', '.join(names)} have no kernel")
+
+    found: dict[str, Any] = {}
+    names = sequence(rec, node, "query")
+    only(names, "query", ("proj",), ("down_pool", "norm", "proj"))
+    pooled = "down_pool" in names
+    padding = pool(rec, names["down_pool"]) if pooled else None
+    query_norm = bare_norm(rec, names["norm"], family) if pooled else None
+    query = conv(rec, names["proj"], family)
+    for branch in ("key", "value"):
+        names = sequence(rec, node, branch)
+        only(names, branch, ("proj",), ("down_conv", "norm", "proj"))
+        down = "down_conv" in names
+        found[f"{branch}_down"] = (
+            norm(rec, names["norm"], family, conv(rec, names["down_conv"], family)) if down else None
+        )
+        found[branch] = conv(rec, names["proj"], family)
+    names = sequence(rec, node, "output")
+    drop = names.pop("drop", None)
+    if drop is not None:
+        if type(rec.modules[drop]) is not nn.Dropout:
+            raise Unsupported(f"{rec.path(drop)} is a {type(rec.modules[drop]).__name__}, not a Dropout")
+        rec.evaluating(drop)
+    only(names, "output", ("upsample", "proj") if pooled else ("proj",))
+    if pooled:
+        doubling(rec, names["upsample"])
+    output = conv(rec, names["proj"], family)
+    return Attention(
+        query=query, output=output, query_norm=query_norm, heads=heads, query_stride=2 if pooled else 1,
+        padding=padding, **found,
+    )  # fmt: skip
+
+
+def mobile_mqa(
+    rec: Recorder, node: int, a: Attention, norm: Stage | None, gamma: Tensor | None, residual: bool
+) -> Part:
+    where = rec.path(node) or "block"
+    weight = a.query.params[0]
+    assert weight is not None
+    if weight.device.type not in MQA_DEVICES:
+        raise Unsupported(f"{where}: Mobile MQA kernel not available yet on {weight.device.type}")
+    for name, stage in (("query", a.query), ("key", a.key), ("value", a.value), ("output", a.output)):
+        if (stage.kernel, stage.stride, stage.groups) != (1, 1, 1):
+            raise Unsupported(f"{where}: only a 1x1 projection of the {name} has a kernel")
+        _plain_act(rec, node, stage, name)
+    for name, down in (("key", a.key_down), ("value", a.value_down)):
+        if down is not None and not down.depthwise:
+            raise Unsupported(f"{where}: only a depthwise down-sampling of the {name} has a kernel")
+        _plain_act(rec, node, down, name)
+    downs = [(d.kernel, d.stride) for d in (a.key_down, a.value_down) if d is not None]
+    if len(downs) == 1 or len(set(downs)) > 1:
+        raise Unsupported(f"{where}: key and value that are down-sampled in two ways have no kernel")
+    kernel, kv_stride = downs[0] if downs else (3, 1)
+    if downs and kv_stride == 1:
+        raise Unsupported(f"{where}: a depthwise of stride 1 before key and value has no kernel")
+    c, key_dim, value_dim = a.query.c_in, a.key.c_out, a.value.c_out
+    if a.query.c_out != a.heads * key_dim or a.output.c_in != a.heads * value_dim or a.output.c_out != c:
+        raise Unsupported(
+            f"{where}: {c} -> {a.heads} heads of {key_dim}, {a.output.c_in} -> {a.output.c_out} channels have no kernel"
+        )
+    found = {s.padding for s in (a.key_down, a.value_down) if s is not None and s.padding is not None}
+    found |= {a.padding} if a.padding is not None else set()
+    if len(found) > 1:
+        raise Unsupported(f"{where}: symmetric and SAME padding in one block have no kernel")
+    padding = found.pop() if found else "symmetric"
+    spec = _spec(
+        rec, node, MQASpec, c, a.heads, key_dim, value_dim, kv_stride, a.query_stride, kernel,
+        residual, gamma is not None, padding, norm is not None,
+    )  # fmt: skip
+    params, eps = _params(norm, a.query_norm, a.query, a.key_down, a.key, a.value_down, a.value, a.output)
+    args = a.heads, kv_stride, a.query_stride, padding, residual
+    return _part(rec, node, "block", spec, "mobile_mqa", [*params, gamma], eps, *args)
 
 
 def _classifier(rec: Recorder, linears: tuple[type, ...]) -> Stage | None:

@@ -91,6 +91,16 @@ def act_of(rec: Recorder, node: int, family: Family) -> str:
     return name
 
 
+def bare_norm(rec: Recorder, node: int, family: Family) -> Stage | None:
+    """A BatchNorm without a convolution before it and without an activation; None for Identity."""
+    if type(rec.modules[node]) is nn.Identity:
+        return None
+    found = norm(rec, node, family, Stage(list(ABSENT), 0.0, 0, 0, 1, 1, 1, None))
+    if found.act != "none":
+        raise Unsupported(f"{rec.path(node)}: an activation ({found.act}) here has no kernel")
+    return found
+
+
 def norm(rec: Recorder, node: int, family: Family, stage: Stage) -> Stage:
     """Adds the BatchNorm to the stage, and the activation that timm keeps inside it."""
     module = rec.modules[node]
@@ -134,3 +144,40 @@ def layer_scale(rec: Recorder, node: int, family: Family) -> Tensor | None:
     if kind not in family.layer_scales:
         raise Unsupported(f"{rec.path(child)}: layer scale {kind.__name__} has no kernel")
     return rec.tensor(child, "gamma")
+
+
+def sequence(rec: Recorder, node: int, name: str) -> dict[str, int]:
+    """The children of a plain Sequential, in order."""
+    child = rec.child(node, name)
+    kind = type(rec.modules[child])
+    if kind is not nn.Sequential:
+        raise Unsupported(f"{rec.path(child)} is a {kind.__name__}, not a Sequential")
+    return dict(rec.children(child))
+
+
+def halving_pool(rec: Recorder, node: int) -> None:
+    """Refuses all but an average pool of 2 x 2 pixels without padding."""
+    kind = type(rec.modules[node])
+    if kind is not nn.AvgPool2d:
+        raise Unsupported(f"{rec.path(node)}: {kind.__name__} has no kernel, only an AvgPool2d")
+    for name, allowed in (
+        ("kernel_size", (2, (2, 2))), ("stride", (2, (2, 2))), ("padding", (0, (0, 0))), ("ceil_mode", (False,)),
+        ("divisor_override", (None,)),
+    ):  # fmt: skip
+        value = rec.attribute(node, name)
+        if value not in allowed:
+            raise Unsupported(f"{rec.path(node, name)} = {value!r}: only a pool of 2 x 2 pixels has a kernel")
+
+
+def doubling(rec: Recorder, node: int) -> None:
+    """Refuses all but bilinear up-sampling by 2 with corners not aligned."""
+    kind = type(rec.modules[node])
+    if kind is not nn.Upsample:
+        raise Unsupported(f"{rec.path(node)}: {kind.__name__} has no kernel, only an Upsample")
+    for name, allowed in (
+        ("size", (None,)), ("scale_factor", (2, (2, 2))), ("mode", ("bilinear",)), ("align_corners", (False, None)),
+        ("recompute_scale_factor", (None, False)),
+    ):  # fmt: skip
+        value = rec.attribute(node, name)
+        if value not in allowed:
+            raise Unsupported(f"{rec.path(node, name)} = {value!r}: only bilinear up-sampling by 2 has a kernel")

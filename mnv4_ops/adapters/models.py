@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from mnv4_ops.spec import UIBSpec
+from mnv4_ops.spec import MQASpec, UIBSpec
 
 from .record import Call, Part, Recipe, Recorder, Unsupported
 
@@ -54,7 +54,10 @@ def _step(rec: Recorder, stage: int, name: str, adapters: Mapping[type, Adapter]
     try:
         if adapter is None:
             raise Unsupported(f"{type(rec.modules[node]).__name__} has no kernel")
-        return adapter(rec, node)
+        part = adapter(rec, node)
+        if isinstance(part.spec, MQASpec) and part.spec.query_stride > 1:
+            raise Unsupported("not every size of image has a kernel: decided on each call")
+        return part
     except Unsupported as error:
         rec.rewind(mark)
         return Call(rec.child(stage, name, called=True), rec.path(node), str(error))

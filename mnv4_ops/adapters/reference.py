@@ -8,7 +8,7 @@ from mnv4_ops.reference import models as M
 from mnv4_ops.reference import modules as R
 
 from . import blocks
-from .layers import Family, Stage, act_of, conv, layer_scale, norm
+from .layers import Family, Stage, act_of, bare_norm, conv, layer_scale, norm
 from .models import trunk
 from .record import Part, Recipe, Recorder, Unsupported
 
@@ -21,7 +21,6 @@ FAMILY = Family(
     activations={nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", nn.Identity: "none"},
     is_same=lambda rec, node: bool(rec.attribute(node, "tf_same", False)),
 )
-MQA_REASON = "Mobile MQA kernel not available yet"
 
 
 def _conv_norm_act(rec: Recorder, node: int, conv_name: str, norm_name: str, act_name: str | None) -> Stage:
@@ -63,7 +62,19 @@ def conv_bn_act(rec: Recorder, node: int) -> Part:
 
 
 def mobile_mqa(rec: Recorder, node: int) -> Part:
-    raise Unsupported(MQA_REASON)
+    def pool(rec: Recorder, node: int) -> str:
+        if type(rec.modules[node]) is not R.QueryPool or rec.attribute(node, "stride") != 2:
+            raise Unsupported(f"{rec.path(node)}: only a QueryPool of stride 2 has a kernel")
+        return str(rec.attribute(node, "padding"))
+
+    rec.evaluating(node)
+    spec = rec.attribute(node, "spec")
+    norm = bare_norm(rec, rec.child(node, "norm"), FAMILY)
+    attn = rec.child(node, "attn")
+    if type(rec.modules[attn]) is not R.MultiQueryAttention:
+        raise Unsupported(f"{rec.path(attn)} is a {type(rec.modules[attn]).__name__}, not a MultiQueryAttention")
+    attention = blocks.attention(rec, attn, rec.attribute(attn, "spec").heads, FAMILY, pool)
+    return blocks.mobile_mqa(rec, node, attention, norm, layer_scale(rec, node, FAMILY), spec.residual)
 
 
 BLOCKS = {R.UIB: uib, R.FusedIB: fused_ib, R.ConvBNAct: conv_bn_act, R.MobileMQA: mobile_mqa}

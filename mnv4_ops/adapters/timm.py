@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import blocks
-from .layers import Family, Stage, act_of, conv, layer_scale, norm
+from .layers import Family, Stage, act_of, bare_norm, conv, halving_pool, layer_scale, norm
 from .models import trunk
 from .record import Part, Recipe, Recorder, Unsupported
 
@@ -26,7 +26,6 @@ FAMILY = Family(
     layer_scales=(L.LayerScale2d,),
     activations={nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", GELU: "gelu", nn.Identity: "none"},
 )
-MQA_REASON = "Mobile MQA kernel not available yet"
 
 
 def _conv_norm_act(rec: Recorder, node: int, name: str) -> Stage | None:
@@ -86,8 +85,41 @@ def conv_bn_act(rec: Recorder, node: int) -> Part:
     return blocks.conv_bn_act(rec, node, _conv_norm(rec, node, "conv", "bn1"))
 
 
+def _attention(rec: Recorder, node: int) -> blocks.Attention:
+    def pool(rec: Recorder, node: int) -> str:
+        halving_pool(rec, node)
+        return "symmetric"
+
+    kind = type(rec.modules[node])
+    if kind is not L.MultiQueryAttention2d:
+        raise Unsupported(f"{rec.path(node) or 'block'} is a {kind.__name__}: only MultiQueryAttention2d has a kernel")
+    heads, key_dim = rec.attribute(node, "num_heads"), rec.attribute(node, "key_dim")
+    if rec.attribute(node, "scale") != key_dim**-0.5:
+        raise Unsupported(f"{rec.path(node, 'scale')}: only 1 / sqrt(key_dim) has a kernel")
+    drop = rec.child(node, "attn_drop")
+    if type(rec.modules[drop]) is not nn.Dropout:
+        raise Unsupported(f"{rec.path(drop)} is a {type(rec.modules[drop]).__name__}, not a Dropout")
+    rec.evaluating(drop)
+    found = blocks.attention(rec, node, heads, FAMILY, pool)
+    if found.key.c_out != key_dim:
+        raise Unsupported(f"{rec.path(node, 'key')}: {found.key.c_out} channels, expected key_dim = {key_dim}")
+    return found
+
+
 def mobile_attention(rec: Recorder, node: int) -> Part:
-    raise Unsupported(MQA_REASON)
+    rec.evaluating(node)
+    if rec.has_child(node, "conv_cpe_dw"):
+        raise Unsupported(f"{rec.path(node, 'conv_cpe_dw')}: a conditional position encoding has no kernel")
+    _drop_path(rec, node)
+    norm = bare_norm(rec, rec.child(node, "norm"), FAMILY)
+    attention = _attention(rec, rec.child(node, "attn"))
+    gamma = layer_scale(rec, node, FAMILY)
+    return blocks.mobile_mqa(rec, node, attention, norm, gamma, bool(rec.attribute(node, "has_skip")))
+
+
+def multi_query_attention(rec: Recorder, node: int) -> Part:
+    """The attention alone, where the block around it has no kernel or there is none."""
+    return blocks.mobile_mqa(rec, node, _attention(rec, node), None, None, False)
 
 
 BLOCKS = {

@@ -3,7 +3,7 @@
 Opaque to compilers, inference only. `layout` says what `params` and `eps` hold; packed weights are looked up in
 `mnv4_ops.cache`, so nothing that depends on the machine enters a graph or an exported file. Inputs may have any
 strides; outputs are canonical channels_last (`[N, features]` for the head). Input, weights and output have one dtype:
-float32 on the CPU; float16, bfloat16 or float32 on a GPU.
+float32 on the CPU; float16, bfloat16 or float32 on a GPU. `mqa_attention` is of another kind: see `attention`.
 
 On a GPU the ops see running statistics change by their versions. A training-mode forward moves them without one: that
 is noticed for modules that are enabled, otherwise `mnv4_ops.repack()` is needed after it.
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mnv4_ops import cache
 
+from . import attention
 from .backends import BY_DEVICE
-from .layout import LAYOUTS, Layout, check_input, empty_output, name_of
+from .layout import LAYOUTS, Layout, check_input, check_size, empty_output, name_of
 
 __all__ = ["BACKENDS", "SCHEMAS"]
 
@@ -34,6 +35,8 @@ SCHEMAS = {
     "depthwise_pointwise": "(Tensor x, Tensor?[] params, float[] eps, int stride, str padding, str depthwise_act, "
     "str act, bool residual) -> Tensor",
     "head": "(Tensor x, Tensor?[] params, float[] eps, str act) -> Tensor",
+    "mobile_mqa": "(Tensor x, Tensor?[] params, float[] eps, int heads, int kv_stride, int query_stride, str padding, "
+    "bool residual) -> Tensor",
 }
 # torch's dispatch keys, and the device whose backend serves them
 BACKENDS = {"CPU": "cpu", "CUDA": "cuda"}
@@ -47,6 +50,7 @@ def _layout(op: str, x: Tensor, params: Any, eps: Any, args: tuple[Any, ...]) ->
     channels = (x.shape[1],) if op == "head" else ()
     layout = LAYOUTS[op](params, eps, *args, *channels)
     check_input(op, x, layout.c_in)
+    check_size(layout, x)
     for t in params:
         if t is not None and t.device != x.device:
             raise ValueError(f"mnv4::{op}: expected params on {x.device} like x, got {t.device}")
@@ -92,3 +96,9 @@ for _op, _schema in SCHEMAS.items():
         _library.impl(_op, _kernel(_op, _device), _key)
     torch.library.register_fake(f"mnv4::{_op}", _fake(_op), lib=_library)
     torch.library.register_autograd(f"mnv4::{_op}", _no_backward(_op), lib=_library)
+
+_library.define(attention.OP + attention.SCHEMA)
+for _key, _device in BACKENDS.items():
+    _library.impl(attention.OP, attention.kernel(_device), _key)
+torch.library.register_fake(f"mnv4::{attention.OP}", attention.fake, lib=_library)
+torch.library.register_autograd(f"mnv4::{attention.OP}", _no_backward(attention.OP), lib=_library)

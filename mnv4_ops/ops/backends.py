@@ -8,6 +8,7 @@ A backend is a module with
     run(native, layout, x) -> Tensor            of a checked input
     program(parts) -> Program                   (native, layout) back to back; `.run(x)`, `.natives`, `.c_in`
     runner(native, layout) -> (x) -> Tensor     the short way for one block
+    attention(q, k, v, scale, out)              `mqa_attention` of checked tensors
     statistics(layout, params) -> key           of the contents of all running statistics
     EXACT                                       whether that is cheap enough for every call of a raw op
 """

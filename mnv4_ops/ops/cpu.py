@@ -31,7 +31,7 @@ def build(layout: Layout) -> Any:
     core = _native.core
     if core is None:
         raise RuntimeError(f"mnv4::{layout.op}: {unavailable()}")
-    return (core.Head if layout.pooled else core.Block)(**dict(layout.native))
+    return getattr(core, layout.native_class)(**dict(layout.native))
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -43,7 +43,7 @@ def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> b
     """Folds and packs all stages; a block that is packed already keeps its buffer. True: it is done."""
     for stage, base in layout.stages:
         tensors = [_dense(t) for t in params[base : base + len(PER_STAGE)]]
-        gamma = _dense(params[layout.gamma]) if layout.gamma is not None and stage == 3 else None
+        gamma = _dense(params[layout.gamma]) if stage == layout.gamma_stage and layout.gamma is not None else None
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         native.pack(stage, *addresses, eps[base // len(PER_STAGE)], 0 if gamma is None else gamma.data_ptr())
     return True
@@ -72,6 +72,15 @@ def runner(native: Any, layout: Layout) -> Callable[[Tensor], Tensor]:
         return out
 
     return run
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    """softmax(scale q k^T) v of checked tensors [B, heads, rows, channels]."""
+    core = _native.core
+    assert core is not None
+    tensors = [argument for t in (q, k, v, out) for argument in (t.data_ptr(), t.stride())]
+    n, heads, nq, key_dim = q.shape
+    core.attention(*tensors, n, heads, nq, k.shape[2], key_dim, v.shape[3], scale, torch.get_num_threads())
 
 
 def statistics(layout: Layout, params: Params) -> Any:

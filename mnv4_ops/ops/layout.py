@@ -7,12 +7,14 @@ has None for all four `bn_*`; `bn_mean` and `bn_var` come together, `bn_weight` 
 
 All weights, conv biases and gamma have the dtype of the first weight, one of `DTYPES` of its device; the tensors of a
 BatchNorm may be float32 beside 16-bit weights, as torch allows.
+
+The stages `norm` and `query_norm` of `mobile_mqa` are a BatchNorm alone: their weight and conv_bias are None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +31,11 @@ STAGES = {
     "depthwise": ("start",),
     "depthwise_pointwise": ("start", "project"),
     "head": ("feat", "hidden", "classifier"),
+    "mobile_mqa": ("norm", "query_norm", "query", "key_down", "key", "value_down", "value", "output"),
 }
-WITH_GAMMA = ("uib", "fused_ib")
+WITH_GAMMA = ("uib", "fused_ib", "mobile_mqa")
 NATIVE_STAGE = {"start": 0, "expand": 1, "mid": 2, "project": 3, "feat": 0, "hidden": 1, "classifier": 2}
+NATIVE_STAGE |= {name: i for i, name in enumerate(STAGES["mobile_mqa"])}
 # by type of device; fake tensors have the device that they stand for
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32,),
@@ -50,7 +54,7 @@ class Layout:
     """
 
     op: str
-    native: tuple[tuple[str, Any], ...]  # keywords of _core.Block or _core.Head
+    native: tuple[tuple[str, Any], ...]  # keywords of the native class
     stages: tuple[tuple[int, int], ...]  # (native stage, index of its first entry in params)
     gamma: int | None  # index in params
     c_in: int
@@ -58,17 +62,44 @@ class Layout:
     stride: int = 1
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    query_stride: int = (
+        1  # of an attention block, whose output has `query_stride` times the rows and columns of queries
+    )
 
     @property
     def pooled(self) -> bool:
         return self.op == "head"
 
+    @property
+    def native_class(self) -> str:
+        """Name of the class in `_core` and in the GPU kernels that `native` are the keywords of."""
+        return "Head" if self.pooled else "MobileMQA" if self.op == "mobile_mqa" else "Block"
+
+    @property
+    def gamma_stage(self) -> int:
+        """The native stage that the layer scale is packed with."""
+        return NATIVE_STAGE["output" if self.op == "mobile_mqa" else "project"]
+
     def output_shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
         """Odd kernels give ceil(size / stride) under both paddings."""
         if self.pooled:
             return (n, self.c_out)
+        if (q := self.query_stride) > 1:
+            up = q - 1 if dict(self.native)["padding"] == "same" else 0
+            return (n, self.c_out, (h + up) // q * q, (w + up) // q * q)
         s = self.stride
         return (n, self.c_out, h, w) if s == 1 else (n, self.c_out, (h + s - 1) // s, (w + s - 1) // s)
+
+    def refuses(self, h: int, w: int) -> str | None:
+        """What an input of h x w pixels should be, None if it is."""
+        if (q := self.query_stride) == 1:
+            return None
+        native = dict(self.native)
+        if native["residual"] and (h % q or w % q):
+            return f"rows and columns divisible by {q} (query_stride, with a residual)"
+        if native["padding"] != "same" and (h < q or w < q):
+            return f"at least {q} rows and columns (query_stride)"
+        return None
 
 
 def _error(op: str, expected: str, got: object) -> ValueError:
@@ -153,6 +184,30 @@ class _Reader:
             raise _error(self.op, f"eps of {name} to be at least 0", self.eps[index])
         self.stages.append((NATIVE_STAGE[name], base))
         return c_out, c_in, kernel
+
+    def norm(self, name: str, channels: int) -> bool:
+        """Whether there is a BatchNorm without a convolution. To be asked after a stage with a weight, which has the
+        dtype.
+        """
+        index = self.names.index(name)
+        base = index * len(PER_STAGE)
+        weight, bias, *rest = self.params[base : base + len(PER_STAGE)]
+        for part, t in zip(PER_STAGE, (weight, bias), strict=False):
+            if t is not None:
+                raise _error(self.op, f"{name}.{part} to be None", f"shape {tuple(t.shape)}")
+        if all(t is None for t in rest):
+            return False
+        if rest[2] is None or rest[3] is None:
+            raise _error(self.op, f"{name}.bn_mean and {name}.bn_var together", "one of them, or neither")
+        for part, t in zip(PER_STAGE[2:], rest, strict=True):
+            if t is not None:
+                self._tensor(f"{name}.{part}", t, 1, norm=True)
+                if t.shape[0] != channels:
+                    raise _error(self.op, f"{name}.{part} with {channels} elements", t.shape[0])
+        if not self.eps[index] >= 0:
+            raise _error(self.op, f"eps of {name} to be at least 0", self.eps[index])
+        self.stages.append((NATIVE_STAGE[name], base))
+        return True
 
     def gamma(self, c_out: int) -> int | None:
         t = self.params[-1]
@@ -308,8 +363,44 @@ def head(params: Params, eps: Sequence[float], act: str, c_in: int) -> Layout:
     )  # fmt: skip
 
 
+def mobile_mqa(
+    params: Params, eps: Sequence[float], heads: int, kv_stride: int, query_stride: int, padding: str, residual: bool
+) -> Layout:
+    op = "mobile_mqa"
+    r = _Reader(op, params, eps)
+    _names(op, 1, padding)
+    _one_of(op, "kv_stride", kv_stride, (1, 2))
+    _one_of(op, "query_stride", query_stride, (1, 2))
+    if heads < 1:
+        raise _error(op, "heads to be at least 1", heads)
+    wide, c, _ = r.dense("query", None, (1,))
+    key_dim, _, _ = r.dense("key", c, (1,))
+    value_dim, _, _ = r.dense("value", c, (1,))
+    if wide != heads * key_dim:
+        raise _error(op, f"query.weight with heads * key_dim = {heads} * {key_dim} output channels", wide)
+    c_out, _, _ = r.dense("output", heads * value_dim, (1,))
+    if c_out != c:
+        raise _error(op, f"output.weight with {c} output channels like the input", c_out)
+    kernels = [r.depthwise(name, c, required=kv_stride > 1)[0] for name in ("key_down", "value_down")]
+    if kv_stride == 1 and any(kernels):
+        raise _error(op, "no key_down and value_down with kv_stride 1", f"kernels {kernels}")
+    if kernels[0] != kernels[1]:
+        raise _error(op, "key_down and value_down of one kernel size", kernels)
+    norm, query_norm = r.norm("norm", c), r.norm("query_norm", c)
+    if query_norm and query_stride == 1:
+        raise _error(op, "no query_norm with query_stride 1", "one")
+    gamma = r.gamma(c)
+    r.stages.sort()
+    layout = _finish(
+        r, c, c, 1, gamma,
+        c=c, heads=heads, key_dim=key_dim, value_dim=value_dim, kv_kernel=kernels[0] or 3, kv_stride=kv_stride,
+        query_stride=query_stride, norm=norm, query_norm=query_norm, padding=padding, residual=residual,
+    )  # fmt: skip
+    return replace(layout, query_stride=query_stride)
+
+
 LAYOUTS: dict[str, Callable[..., Layout]] = {
-    f.__name__: f for f in (uib, fused_ib, conv_bn_act, pointwise, depthwise, depthwise_pointwise, head)
+    f.__name__: f for f in (uib, fused_ib, conv_bn_act, pointwise, depthwise, depthwise_pointwise, head, mobile_mqa)
 }
 
 
@@ -325,6 +416,13 @@ def check_input(op: str, x: Tensor, c_in: int | None) -> None:
         raise _error(op, f"x with {c_in} channels", f"{x.shape[1]} (shape {tuple(x.shape)})")
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise _error(op, "x with at least one row and one column", f"shape {tuple(x.shape)}")
+
+
+def check_size(layout: Layout, x: Tensor) -> None:
+    """`x` must have a size that the block takes."""
+    expected = layout.refuses(x.shape[2], x.shape[3])
+    if expected is not None:
+        raise _error(layout.op, f"x with {expected}", f"shape {tuple(x.shape)}")
 
 
 def empty_output(layout: Layout, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

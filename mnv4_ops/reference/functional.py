@@ -29,9 +29,12 @@ class BatchNorm(NamedTuple):
 
 
 class ConvBN(NamedTuple):
-    """Weight [O, I/groups, k, k], the batch norm behind it and the convolution's own bias [O] (None: without)."""
+    """Weight [O, I/groups, k, k], the batch norm behind it and the convolution's own bias [O] (None: without).
 
-    weight: Tensor
+    Without a weight it is the batch norm alone, which only descriptions of packed stages have.
+    """
+
+    weight: Any
     bn: BatchNorm | None = None
     bias: Tensor | None = None
 
@@ -59,10 +62,11 @@ class FusedIBParams(NamedTuple):
 class MQAParams(NamedTuple):
     """norm [C]; query [h*dk, C, 1, 1]; key [dk, C, 1, 1]; value [dv, C, 1, 1]; output [C, h*dv, 1, 1]; gamma [C].
 
-    key_down, value_down [C, 1, k, k] with kv_stride > 1; query_norm [C] with query_stride > 1.
+    key_down, value_down [C, 1, k, k] with kv_stride > 1; query_norm [C] with query_stride > 1. norm and query_norm may
+    be None: without.
     """
 
-    norm: BatchNorm
+    norm: BatchNorm | None
     query: ConvBN
     key: ConvBN
     value: ConvBN
@@ -178,12 +182,12 @@ def fused_ib(x: Tensor, spec: FusedIBSpec, params: FusedIBParams) -> Tensor:
 
 def mobile_mqa(x: Tensor, spec: MQASpec, params: MQAParams) -> Tensor:
     """Mobile MQA block with pre-norm, layer scale and residual, [N, c, H, W] -> [N, c, H, W] (paper section 3.2)."""
-    y = batch_norm(x, params.norm)
+    y = x if params.norm is None else batch_norm(x, params.norm)
     query = y
     if spec.query_stride > 1:
         query = query_pool(query, spec.query_stride, spec.padding)
-        assert params.query_norm is not None
-        query = batch_norm(query, params.query_norm)
+        if params.query_norm is not None:
+            query = batch_norm(query, params.query_norm)
     query = pointwise(query, params.query)
     key = value = y
     if spec.kv_stride > 1:

@@ -223,25 +223,25 @@ class MobileMQA(nn.Module):
     def __init__(self, spec: MQASpec, norm: dict[str, Any] | None = None, **factory: Any) -> None:
         super().__init__()
         self.spec = spec
-        self.norm = nn.BatchNorm2d(spec.c, **(norm or {}), **factory)
+        self.norm = nn.BatchNorm2d(spec.c, **(norm or {}), **factory) if spec.norm else nn.Identity()
         self.attn = MultiQueryAttention(spec, norm, **factory)
         self.layer_scale = LayerScale(spec.c, **factory) if spec.layer_scale else nn.Identity()
 
     def params(self) -> R.MQAParams:
         def proj(branch: nn.Sequential) -> R.ConvBN:
-            return R.ConvBN(branch.get_submodule("proj").weight)  # type: ignore[arg-type]
+            return R.ConvBN(branch.get_submodule("proj").weight)
 
         def down(branch: nn.Sequential) -> R.ConvBN | None:
             if self.spec.kv_stride == 1:
                 return None
             norm = branch.get_submodule("norm")
             assert isinstance(norm, nn.BatchNorm2d)
-            return R.ConvBN(branch.get_submodule("down_conv").weight, batch_norm_params(norm))  # type: ignore[arg-type]
+            return R.ConvBN(branch.get_submodule("down_conv").weight, batch_norm_params(norm))
 
         attn = self.attn
         query_norm = attn.query.get_submodule("norm") if self.spec.query_stride > 1 else None
         return R.MQAParams(
-            norm=batch_norm_params(self.norm),
+            norm=batch_norm_params(self.norm) if isinstance(self.norm, nn.BatchNorm2d) else None,
             query=proj(attn.query),
             key=proj(attn.key),
             value=proj(attn.value),
