@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mnv4_ops import graphs
 from mnv4_ops.ops import backends, cuda, layout
+from mnv4_ops.reference import functional as R
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAMES = ("weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var")
@@ -47,9 +48,10 @@ class _Runner:
         self, stage: int, weight: Tensor, bias: Any = None, bn_weight: Any = None, bn_bias: Any = None,
         bn_mean: Any = None, bn_var: Any = None, eps: float = 0.0, gamma: Any = None,
     ) -> None:  # fmt: skip
-        assert weight.device == self.device
+        like = bn_mean if weight is None else weight
+        assert like.device == self.device
         self.packs += 1
-        c = weight.shape[0]
+        c = like.shape[0]
         scale, shift = torch.ones(c, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
         if bias is not None:
             shift = bias.double()
@@ -58,7 +60,9 @@ class _Runner:
             shift = (shift - bn_mean.double()) * scale + (0 if bn_bias is None else bn_bias.double())
         if gamma is not None:
             scale, shift = scale * gamma.double(), shift * gamma.double()
-        new = {"weight": weight.float(), "scale": scale.float(), "shift": shift.float()}
+        new = {"scale": scale.float(), "shift": shift.float()}
+        if weight is not None:
+            new["weight"] = weight.float()
         old = self.packed.setdefault(stage, {name: t.clone() for name, t in new.items()})
         for name, t in new.items():
             old[name].copy_(t)
@@ -72,8 +76,12 @@ class _Runner:
         weight = p["weight"].reshape(p["weight"].shape[0], -1, kernel, kernel)
         x = _pad(x, kernel, stride, self.native.get("padding", "symmetric"))
         x = F.conv2d(x, weight, None, stride, groups=x.shape[1] if depthwise else 1)
-        x = x * p["scale"].view(-1, 1, 1) + p["shift"].view(-1, 1, 1)
+        x = self._affine(x, stage)
         return {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6, "gelu": F.gelu}[act](x)
+
+    def _affine(self, x: Tensor, stage: int) -> Tensor:
+        p = self.packed[stage]
+        return x * p["scale"].view(-1, 1, 1) + p["shift"].view(-1, 1, 1)
 
     def _write(self, x: Tensor, y: Tensor, out: Tensor, allow_tf32: bool) -> None:
         assert x.dtype == out.dtype == self.dtype
@@ -119,6 +127,25 @@ class Head(_Runner):
         self._write(x, y.flatten(1), out, allow_tf32)
 
 
+class MobileMQA(_Runner):
+    def __init__(self, *, dtype: torch.dtype, device: Any, **native: Any) -> None:
+        super().__init__(dtype, device, native)
+
+    def run(self, x: Tensor, out: Tensor, *, allow_tf32: bool = False) -> None:
+        n, y = self.native, x.detach().float()
+        if n["norm"]:
+            y = self._affine(y, 0)
+        q = R.query_pool(y, n["query_stride"], n["padding"]) if n["query_stride"] > 1 else y
+        q = self._stage(self._affine(q, 1) if n["query_norm"] else q, 2, 1, 1, "none")
+        down = n["kv_stride"] > 1
+        k, v = (self._stage(y, i, n["kv_kernel"], n["kv_stride"], "none", True) if down else y for i in (3, 5))
+        y = R.attention(q, self._stage(k, 4, 1, 1, "none"), self._stage(v, 6, 1, 1, "none"), n["heads"])
+        y = self._stage(y, 7, 1, 1, "none")
+        if n["query_stride"] > 1:
+            y = R.query_unpool(y, n["query_stride"])
+        self._write(x, y + x.float() if n["residual"] else y, out, allow_tf32)
+
+
 class Graph:
     """Replays by running the blocks again, as a graph reads the packed weights of the moment."""
 
@@ -162,7 +189,7 @@ def serving_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         patch.setitem(backends.BY_DEVICE, "cpu", cuda)
         patch.setitem(layout.DTYPES, "cpu", DTYPES)
         patch.setattr(cuda, "unavailable", lambda: None)
-        patch.setattr(cuda, "kernels", lambda: types.SimpleNamespace(Block=Block, Head=Head))
+        patch.setattr(cuda, "kernels", lambda: types.SimpleNamespace(Block=Block, Head=Head, MobileMQA=MobileMQA))
         patch.setattr(graphs, "_usable", lambda x: x.shape[0] > 0)
         patch.setattr(graphs, "_open", Device)
         patch.setattr(graphs, "_pools", {})

@@ -7,7 +7,7 @@ import torch
 
 from mnv4_ops import _native, check
 from mnv4_ops.reference import functional as R
-from mnv4_ops.spec import ConvSpec, HeadSpec, MQASpec, UIBSpec, ledger
+from mnv4_ops.spec import ConvSpec, HeadSpec, PoolSpec, UIBSpec, ledger
 
 needs_native = pytest.mark.skipif(_native.core is None, reason=f"no native library: {_native.reason}")
 
@@ -15,7 +15,7 @@ needs_native = pytest.mark.skipif(_native.core is None, reason=f"no native libra
 def test_every_native_spec_of_the_ledger_is_a_case() -> None:
     covered = {case.spec for case in check.cases(quick=True)}
     for entry in ledger():
-        if entry.spec.kind not in ("MQA", "AvgPool", "Linear"):
+        if entry.spec.kind not in ("AvgPool", "Linear"):
             assert entry.spec in covered, entry
     assert covered == {case.spec for case in check.cases()}
     assert any(isinstance(spec, HeadSpec) for spec in covered)
@@ -71,9 +71,9 @@ def test_random_heads_with_stages_left_out(widths: tuple[int, int, int, int]) ->
 
 
 @needs_native
-def test_attention_has_no_native_block_yet() -> None:
-    with pytest.raises(TypeError, match="MQASpec"):
-        check.native_block(MQASpec(16, 2, 8, 8), None)
+def test_a_pool_has_no_native_block() -> None:
+    with pytest.raises(TypeError, match="PoolSpec"):
+        check.native_block(PoolSpec(16), None)
 
 
 def _one_of_each_kind() -> list[check.Case]:

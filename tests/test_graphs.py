@@ -18,6 +18,7 @@ from mnv4_ops import _native, cache, graphs, patch
 from mnv4_ops.reference import create_model, randomize_
 
 timm = pytest.importorskip("timm")
+B = pytest.importorskip("timm.models._efficientnet_blocks")
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
 
 
@@ -182,8 +183,10 @@ def test_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
         got = model(x)
         assert seen[0] is got
         assert replays() == [2]
-        # the attention of the hybrids runs its own modules, whose hooks a graph would skip
-        hybrid = randomize_(timm.create_model("mobilenetv4_hybrid_medium_075", num_classes=3)).eval()
+        # attention of many key heads runs its own modules, whose hooks a graph would skip
+        hybrid = timm.create_model("mobilenetv4_hybrid_medium_075", num_classes=3)
+        hybrid.blocks[3][8] = B.MobileAttention(192, 192, num_heads=4, use_multi_query=False)
+        randomize_(hybrid.eval())
         hybrid(x)
         assert graphs.count() == 1
 

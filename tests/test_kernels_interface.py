@@ -173,7 +173,7 @@ def test_bad_programs() -> None:
     _raises(lambda: program([_head(), _ib()]), "ops[0] is a Head", "last")
     other = core().Block(c_in=24, c_mid=24, c_out=24, start_kernel=3)
     _raises(lambda: program([_ib(), other]), "ops[1] takes 24 channels", "16")
-    _raises(lambda: program([_ib(), "block"]), "str", "Block or Head")
+    _raises(lambda: program([_ib(), "block"]), "str", "MobileMQA or Head")
     _raises(lambda: program(None), error=TypeError)
     two = program([_ib(), _ib()])
     _raises(lambda: two.run(64, 1, 5, 5, (400, 25, 5, 1), 64, 0, 1), "workspace = 0", "workspace_bytes")
