@@ -69,8 +69,9 @@ struct KernelTable {
   void (*softmax)(const SoftmaxArgs&);
   // c[unit][row][16] *= factor[row]
   void (*scale_rows)(float* c, std::ptrdiff_t unit, int units, int rows, const float* factor);
-  // x[pixel][16] = x * scale[16] + shift[16]
-  void (*affine)(float* x, int pixels, const float* scale, const float* shift);
+  // as load_unit, then times scale[16] plus shift[16], which are 0 beyond the channels
+  void (*load_affine)(const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels, float* dst,
+                      const float* scale, const float* shift);
   // floating-point operations of one pass of a register-only multiply-add loop (for the measured peak)
   double (*fma_burst)(int iterations);
 };

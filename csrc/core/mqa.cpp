@@ -116,7 +116,7 @@ Mqa::Plan Mqa::plan(const MqaGeometry& g, int team) const {
   p.own = team == 1 || g.nq() >= kOwnQueries * team;
   const int queries = p.own ? (g.nq() + team - 1) / team : g.nq();
   // queries and outputs of a strip, beside the weights of both products
-  const std::size_t room = cpu_info().l2 / sizeof(float) / 4;
+  const std::size_t room = cpu_info().l2 / sizeof(float) / 2;
   const int most = std::max<int>(13, static_cast<int>(room / (wide_q + (wide_q == wide_o ? 0 : wide_o))));
   const int strips = p.own ? (queries + most - 1) / most : 1;
   p.strip = (queries + strips - 1) / strips;
@@ -148,12 +148,9 @@ void Mqa::keys_and_values(const KernelTable& k, const Team& t, const View& x, co
     const int lo = -e.top1, hi = (e.h1 - 1) * d_.kv_stride - e.top1 + d_.kv_kernel, taps = d_.kv_kernel * d_.kv_kernel;
     t.share(units, 1, [&](int first, int end, int) {
       for (int u = first; u < end; ++u) {
-        load_rows(k, x, u, std::min(kUnit, d_.c - u * kUnit), e, lo, hi, t.local);
         // the norm comes before the zero padding, which stays zero
-        for (int y = 0; d_.norm && y < e.h; ++y) {
-          float* row = t.local + (y - lo) * pitch + e.left1 * kUnit;
-          k.affine(row, e.w, weight(MqaStage::norm) + u * kUnit, bias(MqaStage::norm) + u * kUnit);
-        }
+        load_rows(k, x, u, std::min(kUnit, d_.c - u * kUnit), e, lo, hi, t.local,
+                  d_.norm ? weight(MqaStage::norm) + u * kUnit : nullptr, bias(MqaStage::norm) + u * kUnit);
         for (const MqaStage s : {MqaStage::key_down, MqaStage::value_down}) {
           DepthwiseArgs a;
           a.src = t.local, a.kernel = d_.kv_kernel, a.stride = d_.kv_stride;

@@ -33,15 +33,21 @@ void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int
   }
 }
 
-/// Copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders.
+/// Copies rows [lo, hi) of unit u (logical rows may lie outside of the image) between zero borders; with `scale` and
+/// `shift` [16], what is copied is first multiplied and added to.
 inline void load_rows(const KernelTable& k, const View& x, int u, int channels, const Geometry& g, int lo, int hi,
-                      float* dst) {
+                      float* dst, const float* scale = nullptr, const float* shift = nullptr) {
   const std::ptrdiff_t pitch = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
   for (int y = std::max(lo, 0); y < std::min(hi, g.h); ++y) {
     float* row = dst + (y - lo) * pitch;
     std::memset(row, 0, sizeof(float) * g.left1 * kUnit);
     std::memset(row + (g.left1 + g.w) * kUnit, 0, sizeof(float) * g.right1 * kUnit);
-    k.load_unit(x.p + u * x.unit + y * x.row, x.pix, x.chan, g.w, channels, row + g.left1 * kUnit);
+    const float* src = x.p + u * x.unit + y * x.row;
+    if (scale != nullptr) {
+      k.load_affine(src, x.pix, x.chan, g.w, channels, row + g.left1 * kUnit, scale, shift);
+    } else {
+      k.load_unit(src, x.pix, x.chan, g.w, channels, row + g.left1 * kUnit);
+    }
   }
 }
 

@@ -33,7 +33,8 @@ struct Vec256 {
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
-  static constexpr float kLeastPower = -127.0f;  // pow2 of it is 0
+  static constexpr bool kScales = false;
+  static MNV4_INLINE reg floor(reg x) { return _mm256_floor_ps(x); }
   static MNV4_INLINE float reduce_max(reg x) {
     const __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));

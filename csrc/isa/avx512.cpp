@@ -30,7 +30,10 @@ struct Vec512 {
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
   }
-  static constexpr float kLeastPower = -160.0f;  // pow2 of it is 0
+  // x - floor(x), 0 for infinities; a * 2^floor(x) without overflow in between
+  static constexpr bool kScales = true;
+  static MNV4_INLINE reg fraction(reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static MNV4_INLINE reg scale(reg a, reg x) { return _mm512_scalef_ps(a, x); }
   static MNV4_INLINE float reduce_max(reg x) { return _mm512_reduce_max_ps(x); }
   static MNV4_INLINE float reduce_add(reg x) { return _mm512_reduce_add_ps(x); }
 };

@@ -31,7 +31,8 @@ struct VecNeon {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
   }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
-  static constexpr float kLeastPower = -127.0f;  // pow2 of it is 0
+  static constexpr bool kScales = false;
+  static MNV4_INLINE reg floor(reg x) { return vrndmq_f32(x); }
   static MNV4_INLINE float reduce_max(reg x) { return vmaxvq_f32(x); }
   static MNV4_INLINE float reduce_add(reg x) { return vaddvq_f32(x); }
 };

@@ -43,7 +43,11 @@ struct Vec4 {
     return as_float((as_int(n + magic) - as_int(magic) + 127) << 23);
   }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return pick(a > b, yes, no); }
-  static constexpr float kLeastPower = -127.0f;  // pow2 of it is 0
+  static constexpr bool kScales = false;
+  static MNV4_INLINE reg floor(reg x) {
+    const reg n = round(x);
+    return pick(n > x, n - 1.0f, n);
+  }
   static MNV4_INLINE float reduce_max(reg x) {
     const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
     return a > b ? a : b;

@@ -1,21 +1,30 @@
 // Softmax over keys and the row-wise kernels beside it.
 #pragma once
 
-// 2^x for x <= 0, below 1 ulp (own minimax fit, Lawson iteration); 0 from -127 down in tiers whose pow2 shifts an
-// exponent. NaN stays NaN.
+// 2^x for x <= 0, below 1.4 ulp (own minimax fit, Lawson iteration); 0 from -127 down in tiers without V::scale. NaN
+// stays NaN.
 template <class V>
 MNV4_INLINE typename V::reg exp2_nonpositive(typename V::reg x) {
   using reg = typename V::reg;
-  x = V::max(V::set(V::kLeastPower), x);
-  const reg n = V::round(x), r = V::sub(x, n);
-  reg p = V::set(1.5353354683611542e-4f);
-  p = V::fma(p, r, V::set(1.3398875016719103e-3f));
-  p = V::fma(p, r, V::set(9.618437848985195e-3f));
-  p = V::fma(p, r, V::set(5.5503323674201965e-2f));
-  p = V::fma(p, r, V::set(2.4022647738456726e-1f));
-  p = V::fma(p, r, V::set(6.931471824645996e-1f));
+  reg r, n;
+  if constexpr (V::kScales) {
+    r = V::fraction(x);
+  } else {
+    x = V::max(V::set(-127.0f), x);
+    n = V::floor(x), r = V::sub(x, n);
+  }
+  reg p = V::set(2.161291631637141e-4f);
+  p = V::fma(p, r, V::set(1.2467845808714628e-3f));
+  p = V::fma(p, r, V::set(9.675451554358006e-3f));
+  p = V::fma(p, r, V::set(5.5485282093286514e-2f));
+  p = V::fma(p, r, V::set(2.402293086051941e-1f));
+  p = V::fma(p, r, V::set(6.931470632553101e-1f));
   p = V::fma(p, r, V::set(1.0f));
-  return V::mul(p, V::pow2(n));
+  if constexpr (V::kScales) {
+    return V::scale(p, x);
+  } else {
+    return V::mul(p, V::pow2(n));
+  }
 }
 
 // Keys beyond the last one have a score of -inf. The maximum may drop NaN: a row that has one becomes NaN by its sum.
@@ -59,9 +68,14 @@ void scale_rows(float* c, std::ptrdiff_t unit, int units, int rows, const float*
 }
 
 template <class V>
-void affine(float* x, int pixels, const float* scale, const float* shift) {
+void load_affine(const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels, float* dst,
+                 const float* scale, const float* shift) {
+  if (chan != 1 || channels != kUnit) {
+    load_unit<V>(src, pix, chan, cols, channels, dst);
+    src = dst, pix = kUnit;
+  }
   for (int v = 0; v < kUnit; v += V::W) {
     const typename V::reg a = V::load(scale + v), b = V::load(shift + v);
-    for (int i = 0; i < pixels; ++i) V::store(x + i * kUnit + v, V::fma(V::load(x + i * kUnit + v), a, b));
+    for (int i = 0; i < cols; ++i) V::store(dst + i * kUnit + v, V::fma(V::load(src + i * pix + v), a, b));
   }
 }

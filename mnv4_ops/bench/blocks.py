@@ -15,7 +15,7 @@ from mnv4_ops import _native, check
 from mnv4_ops.bench import gate, inputs, machine, report, timing
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.isolate import Notify
-from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, Spec, UIBSpec, head_spec, ledger
+from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec, head_spec, ledger
 
 SCHEMA = "mnv4-ops/blocks/1"
 OURS = "mnv4_ops"
@@ -55,7 +55,7 @@ def units(model: str, resolution: int | None = None) -> list[Unit]:
             continue
         if row == "4.0":
             spec, row = head_spec(name), "head"
-        if isinstance(spec, (ConvSpec, FusedIBSpec, UIBSpec, HeadSpec)):
+        if isinstance(spec, (ConvSpec, FusedIBSpec, MQASpec, UIBSpec, HeadSpec)):
             rows.setdefault((spec, entry.height, entry.width), []).append(row)
     return [Unit(tuple(names), spec, h, w) for (spec, h, w), names in rows.items()]
 
@@ -163,6 +163,9 @@ def _shape(spec: Spec) -> str:
         return f"{spec.c_in}-{spec.c_mid}-{spec.c_out} k{spec.kernel}" + (" s2" if spec.stride == 2 else "")
     if isinstance(spec, ConvSpec):
         return f"{spec.c_in}-{spec.c_out} k{spec.kernel}" + (" s2" if spec.stride == 2 else "")
+    if isinstance(spec, MQASpec):
+        dims = f"{spec.key_dim}" if spec.key_dim == spec.value_dim else f"{spec.key_dim},{spec.value_dim}"
+        return f"{spec.c} h{spec.heads} d{dims}" + (" kv s2" if spec.kv_stride == 2 else "")
     if isinstance(spec, HeadSpec):
         return f"{spec.c_in}-{spec.c_feat}-{spec.c_hidden}-{spec.classes}"
     return spec.kind

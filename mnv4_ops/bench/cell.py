@@ -43,9 +43,9 @@ def macs_of(model: str, resolution: int) -> int | None:
 
 
 def strict_where_kernels_are_expected(model: str) -> None:
-    """Makes an original forward an error for the convolution models."""
-    # an original forward inside the measured run would be a silent lie; the attention of the hybrids has no kernel yet
-    if inputs.ledger_name(model).startswith("conv_") and macs_of(model, 224) is not None:
+    """Makes an original forward an error for the models of the ledger."""
+    # an original forward inside the measured run would be a silent lie
+    if macs_of(model, 224) is not None:
         os.environ["MNV4_OPS_STRICT"] = "1"
 
 

@@ -19,6 +19,7 @@ _NO_VALUE = 0xFFFFFFFF
 _FP32 = 1
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT = 1, 2
 _REDUCE_MEAN, _KEEP_DIMS = 2, 64
+_TRANSPOSE_B = 1
 _ADD, _MULTIPLY = 0, 2
 _INF = float("inf")
 # kernels may read past the end of an input
@@ -36,6 +37,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "xnn_define_gelu": [_PTR, _U32, _U32, _U32],
     "xnn_define_clamp": [_PTR, _F32, _F32, _U32, _U32, _U32],
     "xnn_define_static_reduce": [_PTR, C.c_int, _SZ, _PTR, _U32, _U32, _U32],
+    "xnn_define_batch_matrix_multiply": [_PTR, _U32, _U32, _U32, _U32],
+    "xnn_define_softmax": [_PTR, _U32, _U32, _U32],
     "xnn_define_static_reshape": [_PTR, _SZ, _PTR, _U32, _U32, _U32],
     "xnn_create_runtime_v2": [_PTR, _PTR, _U32, _PTR],
     "xnn_reshape_runtime": [_PTR],
@@ -179,6 +182,28 @@ class Subgraph:
         _check(
             self.library.xnn_define_binary(self.handle, _MULTIPLY, None, a, self._constant(constant), y, 0), "multiply"
         )
+        return y
+
+    def add_constant(self, a: int, constant: np.ndarray) -> int:
+        return self._binary(_ADD, a, self._constant(constant))
+
+    def matmul(self, a: int, b: int, *, transpose_b: bool = False) -> int:
+        """[n, m, k] x [n, k, l] (or [n, l, k]) -> [n, m, l]."""
+        n, m, _ = self.shapes[a]
+        y = self._result((n, m, self.shapes[b][1 if transpose_b else 2]), False)
+        flags = _TRANSPOSE_B if transpose_b else 0
+        _check(self.library.xnn_define_batch_matrix_multiply(self.handle, a, b, y, flags), "batch_matrix_multiply")
+        return y
+
+    def softmax(self, x: int) -> int:
+        """Over the last dimension."""
+        y = self._result(self.shapes[x], False)
+        _check(self.library.xnn_define_softmax(self.handle, x, y, 0), "softmax")
+        return y
+
+    def _binary(self, kind: int, a: int, b: int) -> int:
+        y = self._result(self.shapes[a], False)
+        _check(self.library.xnn_define_binary(self.handle, kind, None, a, b, y, 0), "binary")
         return y
 
     def clamp(self, x: int, low: float, high: float, *, last: bool = False) -> int:

@@ -17,6 +17,7 @@ _INF = float("inf")
 _CLAMPS: dict[type, tuple[float, float]] = {nn.ReLU: (0.0, _INF), nn.ReLU6: (0.0, 6.0)}
 _PASS = (nn.Identity, nn.Dropout)
 _LAYER_SCALES = ("LayerScale", "LayerScale2d")  # this package's and timm's
+_ATTENTION = ("MultiQueryAttention", "MultiQueryAttention2d")
 
 
 class _Tracer(fx.Tracer):
@@ -24,7 +25,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
-        return isinstance(m, known) or type(m).__name__ == "SelectAdaptivePool2d" or not list(m.children())
+        names = ("SelectAdaptivePool2d", *_ATTENTION)
+        return isinstance(m, known) or type(m).__name__ in names or not list(m.children())
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -43,6 +45,13 @@ def _fold(
         weight = weight * gamma.double().view(-1, 1, 1, 1)
         bias = None if bias is None else bias * gamma.double()
     return weight, bias
+
+
+def _norm_affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a BatchNorm, in float64."""
+    scale, shift = _fold_norm(torch.ones(norm.num_features, 1, 1, 1, dtype=torch.float64), None, norm)
+    assert shift is not None
+    return scale.flatten(), shift
 
 
 def _fold_norm(
@@ -76,6 +85,7 @@ class _Lowering:
         self.modules = dict(module.named_modules())
         self.graph = _xnn.Subgraph()
         self.values: dict[fx.Node, int] = {}
+        self.norms: dict[fx.Node, nn.BatchNorm2d] = {}  # before an attention
         self.example = example
 
     def run(self) -> int:
@@ -133,11 +143,73 @@ class _Lowering:
         elif isinstance(module, nn.GELU) and module.approximate == "none":
             self.values[node] = self.graph.gelu(x, last=last)
         elif isinstance(module, nn.BatchNorm2d):
-            raise Unsupported(
-                "BatchNorm without a convolution before it (the pre-norm of attention) is not lowered to XNNPACK"
-            )
+            self._pre_norm(node, module, x)
+        elif type(module).__name__ in _ATTENTION:
+            self._attention(node, module, x)
         else:
             raise Unsupported(f"{type(module).__name__} is not lowered to XNNPACK")
+
+    def _pre_norm(self, node: fx.Node, norm: nn.BatchNorm2d, x: int) -> None:
+        follower = self._only_user(node)
+        if follower is None or type(follower[1]).__name__ not in _ATTENTION or _activation(norm) is not None:
+            raise Unsupported("BatchNorm without a convolution before it, but for attention, is not lowered to XNNPACK")
+        self.norms[follower[0]] = norm
+        self.values[node] = x
+
+    def _attention(self, node: fx.Node, attn: Any, x: int) -> None:
+        """Query heads are rows of one product, so that nothing is transposed. The norm before it folds into every
+        projection that reads it, the scale into the queries, the layer scale into the output.
+        """
+        graph, norm = self.graph, self.norms.get(node)
+        heads = attn.spec.heads if hasattr(attn, "spec") else attn.num_heads
+        if "down_pool" in attn.query._modules:
+            raise Unsupported("attention of pooled queries is not lowered to XNNPACK")
+        scale, shift = (None, None) if norm is None else _norm_affine(norm)
+        n, h, w, _ = graph.shapes[x]
+
+        def projection(y: int, conv: nn.Conv2d, folded: bool, factor: float = 1.0, gamma: Any = None) -> int:
+            weight = conv.weight.double().flatten(1) * factor
+            bias = None if conv.bias is None else conv.bias.double() * factor
+            if folded and scale is not None and shift is not None:
+                bias = weight @ shift + (0 if bias is None else bias)
+                weight = weight * scale
+            if gamma is not None:
+                weight, bias = weight * gamma.double()[:, None], None if bias is None else bias * gamma.double()
+            array = _numpy(weight[:, None, None, :])
+            shift_array = None if bias is None else _numpy(bias)
+            return graph.convolution(y, array, shift_array, stride=1, pads=(0, 0, 0, 0), depthwise=False)
+
+        def down(y: int, branch: Any) -> int:
+            conv, (vertical, horizontal) = branch.down_conv, branch.down_conv.padding
+            weight, bias = _fold(conv, branch.norm, None)
+            assert bias is not None
+            pads = (vertical, horizontal, vertical, horizontal)
+            array = _numpy(weight.permute(1, 2, 3, 0))
+            return graph.convolution(y, array, _numpy(bias), stride=conv.stride[0], pads=pads, depthwise=True)
+
+        strided = "down_conv" in attn.key._modules
+        y = x
+        if strided and scale is not None and shift is not None:
+            # zeros are padded after the norm
+            y = graph.add_constant(graph.multiply(x, _numpy(scale)), _numpy(shift))
+        key, value = (
+            projection(down(y, b), b.proj, False) if strided else projection(x, b.proj, True)
+            for b in (attn.key, attn.value)
+        )
+        key_dim, value_dim = graph.shapes[key][3], graph.shapes[value][3]
+        keys = graph.shapes[key][1] * graph.shapes[key][2]
+        query = projection(x, attn.query.proj, True, key_dim**-0.5)
+        query = graph.reshape(query, (n, h * w * heads, key_dim))
+        scores = graph.matmul(query, graph.reshape(key, (n, keys, key_dim)), transpose_b=True)
+        out = graph.matmul(graph.softmax(scores), graph.reshape(value, (n, keys, value_dim)))
+        out = graph.reshape(out, (n, h, w, heads * value_dim))
+        end, gamma = node, None
+        follower = self._only_user(node)
+        if follower and type(follower[1]).__name__ in _LAYER_SCALES:
+            end, gamma = follower[0], follower[1].get_parameter("gamma")
+        if self.final in (node, end):
+            raise Unsupported("attention as the last layer is not lowered to XNNPACK")
+        self.values[node] = self.values[end] = projection(out, attn.output.proj, False, gamma=gamma)
 
     def _flatten(self, node: fx.Node) -> None:
         x = self.values[node.args[0]]  # type: ignore[index]
