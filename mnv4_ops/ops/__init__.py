@@ -40,6 +40,8 @@ SCHEMAS = {
 }
 # torch's dispatch keys, and the device whose backend serves them
 BACKENDS = {"CPU": "cpu", "CUDA": "cuda"}
+# ops without a kernel on a GPU
+CPU_ONLY = ("mobile_mqa", attention.OP)
 
 _library = torch.library.Library("mnv4", "DEF")
 
@@ -93,12 +95,14 @@ def _no_backward(op: str) -> Callable[..., Any]:
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema)
     for _key, _device in BACKENDS.items():
-        _library.impl(_op, _kernel(_op, _device), _key)
+        if _device == "cpu" or _op not in CPU_ONLY:
+            _library.impl(_op, _kernel(_op, _device), _key)
     torch.library.register_fake(f"mnv4::{_op}", _fake(_op), lib=_library)
     torch.library.register_autograd(f"mnv4::{_op}", _no_backward(_op), lib=_library)
 
 _library.define(attention.OP + attention.SCHEMA)
 for _key, _device in BACKENDS.items():
-    _library.impl(attention.OP, attention.kernel(_device), _key)
+    if _device == "cpu" or attention.OP not in CPU_ONLY:
+        _library.impl(attention.OP, attention.kernel(_device), _key)
 torch.library.register_fake(f"mnv4::{attention.OP}", attention.fake, lib=_library)
 torch.library.register_autograd(f"mnv4::{attention.OP}", _no_backward(attention.OP), lib=_library)

@@ -144,12 +144,12 @@ def build(layout: Layout) -> Any:
     assert device is not None
     if device.type == "cuda" and (reason := too_old(device.index or 0)) is not None:
         raise ValueError(f"mnv4::{layout.op}: {reason}")
-    cls = getattr(kernels(), layout.native_class, None)
-    if cls is None:
-        raise ValueError(f"mnv4::{layout.op}: {layout.native_class} has no kernel on a GPU")
+    module = kernels()
     # tensors made in inference mode could not be filled again outside of it
     with torch.inference_mode(False), on_device(device):
-        return cls(dtype=layout.dtype, device=device, **dict(layout.native))
+        return (module.Head if layout.pooled else module.Block)(
+            dtype=layout.dtype, device=device, **dict(layout.native)
+        )
 
 
 def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> bool:
@@ -160,7 +160,7 @@ def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> b
     with torch.inference_mode(False), torch.no_grad(), on_device(layout.device):
         for stage, base in layout.stages:
             tensors = [None if t is None else t.detach() for t in params[base : base + len(PER_STAGE)]]
-            gamma = params[layout.gamma] if layout.gamma is not None and stage == layout.gamma_stage else None
+            gamma = params[layout.gamma] if layout.gamma is not None and stage == 3 else None
             native.pack(stage, *tensors, eps[base // len(PER_STAGE)], None if gamma is None else gamma.detach())
         if layout.device is not None and layout.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
