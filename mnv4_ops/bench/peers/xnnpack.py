@@ -70,6 +70,11 @@ def _activation(module: nn.Module) -> nn.Module | None:
     return None if act is None or isinstance(act, nn.Identity) else act
 
 
+def _is_gelu(module: nn.Module | None) -> bool:
+    """The erf form, torch's module or timm's."""
+    return type(module).__name__ == "GELU" and getattr(module, "approximate", "none") == "none"
+
+
 def _pools_everything(module: nn.Module) -> bool:
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
@@ -140,7 +145,7 @@ class _Lowering:
             self.values[node] = self.graph.mean_hw(x, last=last)
         elif type(module) in _CLAMPS:
             self.values[node] = self.graph.clamp(x, *_CLAMPS[type(module)], last=last)
-        elif isinstance(module, nn.GELU) and module.approximate == "none":
+        elif _is_gelu(module):
             self.values[node] = self.graph.gelu(x, last=last)
         elif isinstance(module, nn.BatchNorm2d):
             self._pre_norm(node, module, x)
@@ -241,12 +246,12 @@ class _Lowering:
                 follower = self._only_user(end)
             if follower and type(follower[1]).__name__ in _LAYER_SCALES:
                 end, gamma = follower[0], follower[1].gamma
-            elif follower and (type(follower[1]) in _CLAMPS or isinstance(follower[1], nn.GELU)):
+            elif follower and (type(follower[1]) in _CLAMPS or _is_gelu(follower[1])):
                 end, act = follower
         weight, bias = _fold(conv, norm, gamma)  # type: ignore[arg-type]
         clamp = _CLAMPS.get(type(act), (-_INF, _INF))
         separate = act is not None and type(act) not in _CLAMPS
-        if separate and not (isinstance(act, nn.GELU) and act.approximate == "none"):
+        if separate and not _is_gelu(act):
             raise Unsupported(f"{type(act).__name__} is not lowered to XNNPACK")
         last = self.final in (*chain, end)
         vertical, horizontal = conv.padding
