@@ -1,32 +1,6 @@
 // Softmax over keys and the row-wise kernels beside it.
 #pragma once
 
-// 2^x for x <= 0, below 1.4 ulp (1.6 without a fused multiply-add; own minimax fit, Lawson iteration); 0 from -127 down
-// in tiers without V::scale. NaN stays NaN.
-template <class V>
-MNV4_INLINE typename V::reg exp2_nonpositive(typename V::reg x) {
-  using reg = typename V::reg;
-  reg r, n;
-  if constexpr (V::kScales) {
-    r = V::fraction(x);
-  } else {
-    x = V::max(V::set(-127.0f), x);
-    n = V::floor(x), r = V::sub(x, n);
-  }
-  reg p = V::set(2.161291631637141e-4f);
-  p = V::fma(p, r, V::set(1.2467845808714628e-3f));
-  p = V::fma(p, r, V::set(9.675451554358006e-3f));
-  p = V::fma(p, r, V::set(5.5485282093286514e-2f));
-  p = V::fma(p, r, V::set(2.402293086051941e-1f));
-  p = V::fma(p, r, V::set(6.931470632553101e-1f));
-  p = V::fma(p, r, V::set(1.0f));
-  if constexpr (V::kScales) {
-    return V::scale(p, x);
-  } else {
-    return V::mul(p, V::pow2(n));
-  }
-}
-
 // Keys beyond the last one have a score of -inf. The maximum may drop NaN: a row that has one becomes NaN by its sum.
 template <class V>
 void softmax(const SoftmaxArgs& a) {
