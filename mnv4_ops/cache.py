@@ -36,6 +36,16 @@ def trained() -> None:
     _epoch += 1
 
 
+def epoch() -> int:
+    """Moves with each call of `trained`."""
+    return _epoch
+
+
+def generation() -> int:
+    """Moves when the packed weights of raw ops were dropped."""
+    return _raw.generation
+
+
 @dataclass(eq=False)
 class Packed:
     """One native block with what it was packed from."""
@@ -295,11 +305,13 @@ class _Raw:
     def __init__(self) -> None:
         self._entries: OrderedDict[Any, tuple[Packed, Any]] = OrderedDict()
         self._bytes = 0
+        self.generation = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
+        self.generation += 1
         self._entries.clear()
         self._bytes = 0
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnv4_ops import _native, cache, graphs, serve
+from mnv4_ops import _native, cache, graphs, serve, traced
 from mnv4_ops.adapters import TARGETS, Target
 
 __all__ = ["Handle", "disable", "enable", "explain", "repack"]
@@ -198,7 +198,7 @@ def _wrap(target: Target, cls: type, original: Any) -> Any:
     _mnv4_switch, _mnv4_original = _switch, original
     _mnv4_compiling = torch.compiler.is_compiling
     _mnv4_serve: Any = serve.block(target, cls, original) if target.block else serve.model(target, cls, original)
-    _mnv4_trace: Any = serve.traced(target, cls, original) if target.block else original
+    _mnv4_trace: Any = serve.compiled(target, cls, original, _mnv4_serve)
     forward: Any
 
     if target.method == "forward_head":
@@ -236,8 +236,11 @@ def _wrap(target: Target, cls: type, original: Any) -> Any:
         forward = plain
 
     # torch.jit.script compiles the source of the original (through __wrapped__) with the globals of the wrapper
+    # a code object of its own: torch.compile keeps what it compiled, and counts it, by that
+    code = forward.__code__.replace(co_name=original.__name__)
+    traced.wrappers.append(code)
     wrapper = types.FunctionType(
-        forward.__code__, original.__globals__, original.__name__, forward.__defaults__, forward.__closure__
+        code, original.__globals__, original.__name__, forward.__defaults__, forward.__closure__
     )
     wrapper.__dict__.update(original.__dict__)
     wrapper.__wrapped__ = original  # type: ignore[attr-defined]

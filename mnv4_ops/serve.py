@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv4_ops import cache, graphs
+from mnv4_ops import cache, graphs, traced
 from mnv4_ops.adapters import TARGETS, Target
 from mnv4_ops.adapters.record import Part, Recorder, Unsupported
 from mnv4_ops.ops import conditions
-from mnv4_ops.ops.backends import BY_DEVICE
 from mnv4_ops.ops.cuda import NoFit, capturing
-from mnv4_ops.ops.layout import DTYPES, LAYOUTS
 
 STRICT_VARIABLE = "MNV4_OPS_STRICT"
 _local = threading.local()
@@ -314,64 +312,6 @@ def _alive(ref: Any) -> nn.Module:
     return module
 
 
-def traced(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]:
-    """The wrapper's work for a block under torch.compile: the op in place of the block, in the graph."""
-    describe = _describer(target, cls, target.plans[0])
-
-    @torch.compiler.assume_constant_result
-    def outline(self: nn.Module) -> tuple[Any, ...] | None:
-        """Everything about a block but its tensors: (op, paths of params, eps, args, paths of modules in eval mode,
-        dtype, device).
-        """
-        rec = Recorder(self)
-        try:
-            part = describe(rec)
-            layout = LAYOUTS[part.op](part.params, part.eps, *part.args)
-            if layout.query_stride > 1:
-                return None
-            device: Any = layout.device
-            backend = BY_DEVICE.get(device.type)
-            if backend is None or backend.unavailable() is not None or layout.dtype not in DTYPES[device.type]:
-                return None
-            code = rec.guard().check(self, torch.is_grad_enabled())
-            if code in (4, 5):
-                return None
-            # an op raises where a block runs its original forward
-            if code == 0:
-                # packed now and not by the first call, whose memory may come from the pool of a graph and has to go
-                cache.packed_for_tensors(layout, list(part.params), list(part.eps), backend)
-            else:
-                backend.build(layout)
-        except (Unsupported, ValueError):
-            return None
-        paths = rec.tensor_paths(part.params)
-        return part.op, paths, tuple(part.eps), part.args, rec.eval_paths(), layout.dtype, device
-
-    def run(self: Any, x: Any) -> Any:
-        if torch.compiler.is_exporting():
-            return original(self, x)
-        found = outline(self)
-        if found is None:
-            return original(self, x)
-        op, paths, eps, args, evaluating, dtype, device = found
-        if x.dtype != dtype or x.device != device or torch.is_autocast_enabled(device.type):
-            return original(self, x)
-        for path in evaluating:
-            if _follow(self, path).training:
-                return original(self, x)
-        params = [None if path is None else _follow(self, path) for path in paths]
-        if torch.is_grad_enabled():
-            if x.requires_grad:
-                return original(self, x)
-            for p in params:
-                if p is not None and p.requires_grad:
-                    return original(self, x)
-        return getattr(torch.ops.mnv4, op)(x, params, list(eps), *args)
-
-    return run
-
-
-def _follow(module: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        module = getattr(module, name)
-    return module
+def compiled(target: Target, cls: type, original: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper's work under torch.compile; `run` is that without."""
+    return traced.forward(target, original, [_describer(target, cls, plan) for plan in target.plans], run)

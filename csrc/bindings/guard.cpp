@@ -191,6 +191,18 @@ struct TensorFunctions {
       return false;
     }
   }
+  bool read(PyObject* t, std::int64_t& v, std::uintptr_t& address) const {
+    const void* impl = DtypeWord::load<const void*>(t, dtype_word().impl_at);
+    void* now = nullptr;
+    try {
+      v = version(&impl);
+    } catch (...) {  // an inference tensor
+      v = -1;
+    }
+    if (data_ptr(&impl, &now) != 0) return false;
+    address = reinterpret_cast<std::uintptr_t>(now);
+    return true;
+  }
   TensorFunctions() {
 #if defined(__linux__)
     if (!dtype_word().impl_at) return;
@@ -220,6 +232,12 @@ struct TensorFunctions {
 const TensorFunctions& tensor_functions() {
   static TensorFunctions* functions = new TensorFunctions();
   return *functions;
+}
+
+bool is_tensor(PyObject* t) {
+  static PyTypeObject* type =
+      reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
+  return PyObject_TypeCheck(t, type) != 0;
 }
 
 bool read_requires_grad(PyObject* t) {
@@ -504,32 +522,46 @@ class Guard {
 /// Addresses and versions of a list of tensors (or None) as two byte strings: a key, and what tells a changed content.
 py::tuple fingerprint(const py::list& tensors) {
   const std::size_t n = tensors.size();
+  const TensorFunctions& direct = tensor_functions();
+  const DtypeWord& where = dtype_word();
   std::vector<std::uintptr_t> address(n, 0);
-  std::vector<std::int64_t> version(n, 0);
+  std::vector<std::int64_t> version(n, 0), dtype(n, 0);
   for (std::size_t i = 0; i < n; ++i) {
     PyObject* t = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     if (t == Py_None) continue;
-    if (!read_data_ptr(t, address[i])) throw py::type_error("fingerprint: expected a list of tensors or None");
-    if (!read_version(t, version[i])) version[i] = -1;
+    if (!(direct.version != nullptr && is_tensor(t) && direct.read(t, version[i], address[i]))) {
+      if (!read_data_ptr(t, address[i])) throw py::type_error("fingerprint: expected a list of tensors or None");
+      if (!read_version(t, version[i])) version[i] = -1;
+    }
+    dtype[i] = where.word_at != 0 && is_tensor(t) ? where.read(t) : reinterpret_cast<std::intptr_t>(read_dtype(t));
   }
-  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(address.data()), n * sizeof(address[0])),
-                        py::bytes(reinterpret_cast<const char*>(version.data()), n * sizeof(version[0])));
+  const auto bytes = [n](const void* p) { return py::bytes(static_cast<const char*>(p), n * sizeof(std::int64_t)); };
+  return py::make_tuple(bytes(address.data()), py::make_tuple(bytes(version.data()), bytes(dtype.data())));
 }
 
 /// A hash of the contents of float arrays, each (address, elements). Reads the memory it is given.
 std::uint64_t checksum(const py::list& arrays) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
+  constexpr std::size_t kLanes = 16;  // one multiplication need not wait for the one before
+  constexpr std::uint64_t kPrime = 0x100000001b3u;
+  std::array<std::uint64_t, kLanes> lanes;
+  for (std::size_t i = 0; i < kLanes; ++i) lanes[i] = 0xcbf29ce484222325u + i;
   for (py::handle h : arrays) {
     auto t = py::reinterpret_borrow<py::tuple>(h);
-    const auto address = t[0].cast<std::uintptr_t>();
+    const auto* p = reinterpret_cast<const char*>(t[0].cast<std::uintptr_t>());
     const auto count = t[1].cast<std::size_t>();
-    for (std::size_t i = 0; i < count; ++i) {
+    const auto mix = [&](std::size_t i, std::size_t lane) {
       std::uint32_t word;
-      std::memcpy(&word, reinterpret_cast<const char*>(address) + 4 * i, sizeof word);
-      hash = (hash ^ word) * 0x100000001b3u;
-      hash ^= hash >> 29;
-    }
+      std::memcpy(&word, p + 4 * i, sizeof word);
+      lanes[lane] = (lanes[lane] ^ word) * kPrime;
+      lanes[lane] ^= lanes[lane] >> 29;
+    };
+    std::size_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      for (std::size_t lane = 0; lane < kLanes; ++lane) mix(i + lane, lane);
+    for (; i < count; ++i) mix(i, 0);
   }
+  std::uint64_t hash = 0;
+  for (std::uint64_t lane : lanes) hash = (hash ^ lane) * kPrime, hash ^= hash >> 29;
   return hash;
 }
 
@@ -556,5 +588,5 @@ void bind_guard(py::module_& m) {
   m.def("dtype_word_found", [] { return dtype_word().word_at != 0; }, "false: Guard asks each tensor for its dtype");
   m.def("checksum", &checksum, py::arg("arrays"), "hash of the contents of float32 arrays, each (address, elements)");
   m.def("fingerprint", &fingerprint, py::arg("tensors"),
-        "(addresses, versions) of a list of tensors or None, as bytes");
+        "(addresses, (versions, dtypes)) of a list of tensors or None, as bytes");
 }

@@ -154,6 +154,21 @@ class Recorder:
         paths = [self.path(node) for node, name in self._attributes if name == "training"]
         return tuple(tuple(p.split(".")) if p else () for p in paths)
 
+    def classes(self) -> tuple[tuple[tuple[str, ...], type], ...]:
+        """The modules below the root whose inside is described: (path, class)."""
+        inside = [node for node, (*_, called) in enumerate(self._entries) if not called]
+        return tuple((tuple(self.path(node).split(".")), type(self.modules[node])) for node in inside)
+
+    def constants(self, kinds: tuple[type, ...]) -> tuple[tuple[tuple[str, ...], str, Any], ...]:
+        """The plain attributes that the description rests on: (path of the module, name, value)."""
+        found = []
+        for (node, name), value in self._attributes.items():
+            values = value if isinstance(value, tuple) else (value,)
+            if name != "training" and all(type(v) in kinds for v in values):
+                path = self.path(node)
+                found.append((tuple(path.split(".")) if path else (), name, value))
+        return tuple(found)
+
     def identity(self, node: int, name: str, what: str) -> None:
         """Refuses a submodule that does something."""
         child = self.child(node, name)

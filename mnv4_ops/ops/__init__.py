@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mnv4_ops import cache
 
-from . import attention
+from . import attention, program
 from .backends import BY_DEVICE
 from .layout import LAYOUTS, Layout, check_input, check_size, empty_output, name_of
 
@@ -93,7 +93,8 @@ def _no_backward(op: str) -> Callable[..., Any]:
 
 
 for _op, _schema in SCHEMAS.items():
-    _library.define(_op + _schema)
+    # any strides of the input will do: a compiler need not copy
+    _library.define(_op + _schema, tags=(torch.Tag.flexible_layout,))
     for _key, _device in BACKENDS.items():
         if _device == "cpu" or _op not in CPU_ONLY:
             _library.impl(_op, _kernel(_op, _device), _key)
@@ -106,3 +107,9 @@ for _key, _device in BACKENDS.items():
         _library.impl(attention.OP, attention.kernel(_device), _key)
 torch.library.register_fake(f"mnv4::{attention.OP}", attention.fake, lib=_library)
 torch.library.register_autograd(f"mnv4::{attention.OP}", _no_backward(attention.OP), lib=_library)
+
+_library.define("program" + program.SCHEMA, tags=(torch.Tag.flexible_layout,))
+for _key, _device in BACKENDS.items():
+    _library.impl("program", program.kernel(_device), _key)
+torch.library.register_fake("mnv4::program", program.fake, lib=_library)
+torch.library.register_autograd("mnv4::program", _no_backward("program"), lib=_library)
