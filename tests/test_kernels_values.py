@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import pytest
@@ -114,6 +115,14 @@ def test_one_bad_pixel_at_stride_2(value: float, padding: str, tier: str) -> Non
                 assert_same_kind(run(native, x), block.reference(x))
 
 
+def _inside(output: Tensor, x: Tensor) -> Tensor:
+    """Pixels of which no window of a block reaches over the border."""
+    border = 3 if output.shape[2:] == x.shape[2:] else 1
+    mask = torch.zeros_like(output, dtype=torch.bool)
+    mask[:, :, border:-border, border:-border] = True
+    return mask
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_bad_weights_and_shifts(name: str, value: float, tier: str) -> None:
@@ -125,10 +134,12 @@ def test_bad_weights_and_shifts(name: str, value: float, tier: str) -> None:
             tensors = {"weight": layer.weight, "bias": layer.bias, "bn_bias": layer.bn.bias, "bn_mean": layer.bn.mean}
             tensor = tensors[part]
             tensor.view(tensor.shape[0], -1)[tensor.shape[0] // 2, -1] = value
-            x = torch.rand(1, STRUCTURES[name]["c_in"], 6, 5) + 0.1
+            x = torch.rand(1, STRUCTURES[name]["c_in"], 10, 9) + 0.1
             output, plain, exact = run(block.native(), x), block.reference(x), block.reference(x.double()).float()
             # at borders torch's float32 skips the padding and its float64 multiplies it with the weight
             agreed = (torch.isnan(plain) == torch.isnan(exact)) & (torch.isinf(plain) == torch.isinf(exact))
+            if platform.machine() not in ("x86_64", "AMD64"):
+                agreed &= _inside(plain, x)  # torch's float32 multiplies it there, too
             assert agreed.any()
             # an activation may swallow an infinite shift
             assert not math.isnan(value) or torch.isnan(plain[agreed]).any()

@@ -1,0 +1,110 @@
+// Runs the operations given on standard input, one a line, between marker instructions: nothing but the operation is in the region.
+//   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
+//   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
+// With the argument "model" all of them run as one program as well, the last region. One image, channels_last, one thread.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "core/program.h"
+
+namespace {
+
+using namespace mnv4;
+
+// no-ops on every core; the plugin resets at the first and reports at the second
+inline void mark_begin() {
+#if defined(__aarch64__)
+  asm volatile("hint #64" ::: "memory");
+#endif
+}
+inline void mark_end() {
+#if defined(__aarch64__)
+  asm volatile("hint #65" ::: "memory");
+#endif
+}
+
+std::vector<float> numbers(std::size_t n) {
+  std::vector<float> v(n);
+  std::uint32_t state = 1;
+  for (float& x : v) {
+    state = state * 1664525u + 1013904223u;
+    x = static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-33f;
+  }
+  return v;
+}
+
+void run_once(const std::vector<Op>& ops, int c, int h, int w) {
+  const ProgramPlan plan = plan_program(ops, 1, h, w, 1);
+  const Shape s = output_shape(ops, 1, h, w);
+  const std::vector<float> x = numbers(static_cast<std::size_t>(c) * h * w);
+  std::vector<float> out(static_cast<std::size_t>(s.c) * (s.h > 0 ? s.h * s.w : 1));
+  // buffers at fixed offsets within a page: the count must not depend on where memory happens to lie
+  const Buffer workspace = make_buffer(plan.workspace() + 16), arena = make_buffer(plan.scratch + 16);
+  const Tensor in = strided_tensor(const_cast<float*>(x.data()), static_cast<std::ptrdiff_t>(c) * h * w, 1,
+                                   static_cast<std::ptrdiff_t>(w) * c, c);
+  const KernelTable& kernels = active_kernels();
+  run(ops, plan, kernels, in, out.data(), workspace.get(), arena.get());
+  mark_begin();
+  run(ops, plan, kernels, in, out.data(), workspace.get(), arena.get());
+  mark_end();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Head>> heads;
+  std::vector<Op> all;
+  int first_c = 0, first_h = 0, first_w = 0;
+  for (std::string line; std::getline(std::cin, line);) {
+    std::istringstream in(line);
+    std::string kind;
+    in >> kind;
+    int h = 0, w = 0, c = 0;
+    if (kind == "block") {
+      BlockDesc d;
+      int act[4];
+      in >> d.c_in >> d.c_mid >> d.c_out >> d.start_kernel >> d.start_stride >> d.expand >> d.expand_kernel >>
+          d.expand_stride >> d.mid_kernel >> d.mid_stride >> d.project >> d.residual >> d.same_padding >> act[0] >>
+          act[1] >> act[2] >> act[3] >> h >> w;
+      for (int i = 0; i < 4; ++i) d.act[i] = static_cast<Act>(act[i]);
+      if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
+      c = d.c_in;
+      blocks.push_back(std::make_unique<Block>(d));
+      const int widest = std::max({d.c_in, d.c_mid, d.c_out}), taps = d.expand_kernel * d.expand_kernel;
+      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * std::max(widest * taps, 25));
+      for (int s = 0; s < kStages; ++s) {
+        StageParams p;
+        p.weight = p.bias = weight.data();
+        blocks.back()->pack(static_cast<Stage>(s), p);
+      }
+      all.emplace_back(blocks.back().get());
+    } else {
+      HeadDesc d;
+      int feat, hidden;
+      in >> d.c_in >> d.c_feat >> d.c_hidden >> d.classes >> feat >> hidden >> h >> w;
+      d.feat_act = static_cast<Act>(feat), d.hidden_act = static_cast<Act>(hidden);
+      if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
+      c = d.c_in;
+      heads.push_back(std::make_unique<Head>(d));
+      const int widest = std::max({d.c_in, d.c_feat, d.c_hidden, d.classes});
+      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * widest);
+      for (int s = 0; s < 3; ++s) {
+        StageParams p;
+        p.weight = p.bias = weight.data();
+        heads.back()->pack(s, p);
+      }
+      all.emplace_back(heads.back().get());
+    }
+    if (all.size() == 1) first_c = c, first_h = h, first_w = w;
+    run_once({all.back()}, c, h, w);
+  }
+  if (argc > 1 && std::strcmp(argv[1], "model") == 0) run_once(all, first_c, first_h, first_w);
+  return 0;
+}
