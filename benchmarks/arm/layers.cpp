@@ -1,7 +1,9 @@
-// Runs the operations given on standard input, one a line, between marker instructions: nothing but the operation is in the region.
+// Runs the operations given on standard input, one a line, between marker instructions: nothing but the operation is in
+// the region.
 //   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
 //   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
-// With the argument "model" all of them run as one program as well, the last region. One image, channels_last, one thread.
+// With the argument "model" all of them run as one program as well, the last region. One image, channels_last, one
+// thread.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

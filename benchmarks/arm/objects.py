@@ -1,6 +1,6 @@
 """No instruction above a tier sits outside of that tier's object.
 
-Each object is assembled again from its disassembly's words: an instruction that the disassembler of a lower tier does not know is above it.
+An instruction that the disassembler does not know when it is told what the tier has is above the tier.
 
     python benchmarks/arm/objects.py BUILD_DIRECTORY
 """

@@ -123,6 +123,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid), uo = units_of(d_.c_out);
   const bool is_dense = d_.expand_kernel > 1, mid = has(Stage::mid), start = has(Stage::start);
   const int k1 = d_.start_kernel, s1 = d_.start_stride;
+  const bool alone = !d_.expand && !d_.project;
   const int k2 = d_.mid_kernel, s2 = d_.mid_stride;
   const std::ptrdiff_t pitch1 = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
   const std::ptrdiff_t pitch2 = static_cast<std::ptrdiff_t>(g.left2 + g.w1 + g.right2) * kUnit;
@@ -147,15 +148,29 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       const int lo = front_pixels.lo / g.w1 * s1 - g.top1, hi = (front_pixels.hi - 1) / g.w1 * s1 - g.top1 + k1;
       t.share(ui, 1, [&](int first, int end, int) {
         for (int i = first; i < end; ++i) {
-          load_rows(k, x, i, std::min(kUnit, d_.c_in - i * kUnit), g, lo, hi, t.local);
+          const int channels = std::min(kUnit, d_.c_in - i * kUnit);
+          const bool in_place = k.depthwise_in_place && x.chan == 1 && channels == kUnit;
           DepthwiseArgs a;
-          a.src = t.local, a.kernel = k1, a.stride = s1, a.act = d_.act[0];
+          if (in_place) {
+            a.src = x.p + i * x.unit - g.left1 * x.pix, a.src_pix = x.pix, a.width = g.w, a.left = g.left1;
+          } else {
+            load_rows(k, x, i, channels, g, lo, hi, t.local);
+            a.src = t.local;
+          }
+          a.kernel = k1, a.stride = s1, a.act = d_.act[0];
           a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
           a.bias = bias(Stage::start) + i * kUnit;
-          a.dst = front + static_cast<std::ptrdiff_t>(i) * rows * g.w1 * kUnit;
-          depthwise_pixels(k, a, g.top1, g.w1, n0 * g.w1, front_pixels.lo, front_pixels.hi,
-                           [&](int y) { return y < 0 || y >= g.h ? -1 : (y - lo) * pitch1; });
-          if (!d_.expand && !d_.project) {
+          const bool straight = in_place && alone && out.chan == 1;  // to where it belongs
+          if (straight) {
+            a.dst = out.p + i * out.unit + o0 * out.row, a.dst_pix = out.pix, a.dst_row = out.row;
+          } else {
+            a.dst = front + static_cast<std::ptrdiff_t>(i) * rows * g.w1 * kUnit;
+            a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
+          }
+          depthwise_pixels(k, a, g.top1, g.w1, n0 * g.w1, front_pixels.lo, front_pixels.hi, [&](int y) {
+            return y < 0 || y >= g.h ? -1 : in_place ? y * x.row : (y - lo) * pitch1;
+          });
+          if (alone && !straight) {
             const int channels = i + 1 == uo ? n_last : kUnit;
             for (int r = 0; r < rows; ++r) {
               k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit,

@@ -46,6 +46,11 @@ struct DepthwiseArgs {
   std::ptrdiff_t dst_row = 0;
   int rows = 0, cols = 0;
   Act act = Act::none;
+  // Only for tables with depthwise_in_place: floats between pixels, and an image without borders, `width` pixels of
+  // which lie in a row. src is then where input column -left of output column 0 would be, plus stride * first_col
+  // pixels.
+  std::ptrdiff_t src_pix = kUnit, dst_pix = kUnit;
+  int width = 0, left = 0, first_col = 0;
 };
 
 // Softmax over the keys of each row of scores, which are in units of log2 e: S becomes 2^(S - max) in place.
@@ -74,6 +79,7 @@ struct KernelTable {
                       const float* scale, const float* shift);
   // floating-point operations of one pass of a register-only multiply-add loop (for the measured peak)
   double (*fma_burst)(int iterations);
+  bool depthwise_in_place;
 };
 
 const KernelTable& scalar_kernels();

@@ -10,13 +10,13 @@ namespace mnv4 {
 
 inline constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
 
-/// Depthwise of one unit for output pixels [p0, p1) of an image `w` wide; dst holds them from pixel `origin` on. row(y)
-/// is the offset of input row y, negative outside of the image.
+/// Depthwise of one unit for output pixels [p0, p1) of an image `w` wide; dst holds rows from that of pixel `origin`
+/// on, dst_row apart (0: one after the other). row(y) is the offset of input row y, negative outside of the image.
 template <class Row>
 void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int origin, int p0, int p1, Row row) {
   const float* src = a.src;
   float* dst = a.dst;
-  a.dst_row = static_cast<std::ptrdiff_t>(w) * kUnit;
+  if (a.dst_row == 0) a.dst_row = static_cast<std::ptrdiff_t>(w) * kUnit;
   std::ptrdiff_t off[kRowsAtOnce * 5];
   a.row_off = off;
   for (int p = p0; p < p1; p += a.rows * a.cols) {
@@ -27,8 +27,9 @@ void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int
     for (int r = 0; r < a.rows; ++r) {
       for (int ky = 0; ky < a.kernel; ++ky) off[r * a.kernel + ky] = row((y + r) * a.stride - top + ky);
     }
-    a.src = src + static_cast<std::ptrdiff_t>(x) * a.stride * kUnit;
-    a.dst = dst + static_cast<std::ptrdiff_t>(p - origin) * kUnit;
+    a.src = src + x * a.stride * a.src_pix;
+    a.dst = dst + (y - origin / w) * a.dst_row + x * a.dst_pix;
+    a.first_col = x;
     k.depthwise(a);
   }
 }

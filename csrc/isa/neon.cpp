@@ -21,6 +21,18 @@ struct VecNeon {
   static MNV4_INLINE reg sub(reg a, reg b) { return vsubq_f32(a, b); }
   static MNV4_INLINE reg mul(reg a, reg b) { return vmulq_f32(a, b); }
   static MNV4_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f32(c, a, b); }
+  template <int I>
+  static MNV4_INLINE reg fma_lane(reg a, reg b, reg c) {
+    return vfmaq_laneq_f32(c, a, b, I);
+  }
+  static MNV4_INLINE const float* after(const float* p, reg& q, reg& r) {
+#if defined(__clang__)
+    asm("" : "+r"(p), "+w"(q), "+w"(r));
+#else
+    (void)q, (void)r;  // g++ keeps to the order of the source: see CMakeLists.txt
+#endif
+    return p;
+  }
   // FMAX and FMIN return NaN when either operand is one
   static MNV4_INLINE reg max(reg bound, reg x) { return vmaxq_f32(bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return vminq_f32(bound, x); }
@@ -37,19 +49,55 @@ struct VecNeon {
   static MNV4_INLINE float reduce_add(reg x) { return vaddvq_f32(x); }
 };
 
+// two vectors of consecutive floats, for instructions that load and store pairs
+struct NeonPair {
+  using Half = VecNeon;
+  struct reg {
+    float32x4_t lo, hi;
+  };
+  static constexpr int W = 8;
+  static MNV4_INLINE reg zero() { return {VecNeon::zero(), VecNeon::zero()}; }
+  static MNV4_INLINE reg set(float x) { return {VecNeon::set(x), VecNeon::set(x)}; }
+  static MNV4_INLINE reg load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+  // loads and moves on: one instruction
+  static MNV4_INLINE reg load_step(const float*& p, std::ptrdiff_t step) {
+    const float32x4x2_t v = vld1q_f32_x2(p);
+    p = hidden(p + step);
+    return {v.val[0], v.val[1]};
+  }
+  static MNV4_INLINE void store(float* p, reg v) { vst1q_f32(p, v.lo), vst1q_f32(p + 4, v.hi); }
+  // the same pointer, but the compiler does not know
+  static MNV4_INLINE const float* hidden(const float* p) {
+    asm("" : "+r"(p));
+    return p;
+  }
+  static MNV4_INLINE reg fma(reg a, reg b, reg c) {
+    return {VecNeon::fma(a.lo, b.lo, c.lo), VecNeon::fma(a.hi, b.hi, c.hi)};
+  }
+  static MNV4_INLINE reg max(reg a, reg b) { return {VecNeon::max(a.lo, b.lo), VecNeon::max(a.hi, b.hi)}; }
+  static MNV4_INLINE reg min(reg a, reg b) { return {VecNeon::min(a.lo, b.lo), VecNeon::min(a.hi, b.hi)}; }
+};
+
 #include "kernels/activation.h"
-#include "kernels/depthwise.h"
+#include "kernels/depthwise_in_place.h"
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
 #include "kernels/table.h"
 
-// 32 registers: 6 pixels x 4 vectors of accumulators
+// 32 registers: 6 pixels x 4 vectors of accumulators, the pixels' terms and two vectors of weights fill them; g++ 12
+// wants one more
 struct Config {
   using V = VecNeon;
+#if defined(__clang__)
   static constexpr int kTallUnits = 1, kTallRows = 6;
+#else
+  static constexpr int kTallUnits = 1, kTallRows = 5;
+#endif
   static constexpr int kWideUnits = 2, kWideRows = 2;
-  static constexpr int kDwCols = 8;
+  // 3 x 3: 18 registers of taps and 5 pixels; 5 x 5: 10 and 8 pixels
+  using Pair = NeonPair;
+  static constexpr int kDwCols3 = 5, kDwCols5 = 8;
 };
 
 constexpr KernelTable kTable = make_table<Config>("neon");

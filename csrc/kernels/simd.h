@@ -7,6 +7,11 @@
 #define MNV4_INLINE inline __attribute__((always_inline))
 #define MNV4_LAMBDA __attribute__((always_inline))
 
+// Vectors that multiply by one element of another: V::fma_lane<I>(a, b, c) = a * b[I] + c. V::after(p, q, r)
+// keeps loads through p behind the making of q and r.
+template <class V>
+concept HasLanes = requires(typename V::reg r) { V::template fma_lane<0>(r, r, r); };
+
 template <int I>
 struct Index {
   static constexpr int value = I;

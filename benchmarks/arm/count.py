@@ -1,0 +1,239 @@
+"""Counts instructions of the layers under emulation, models their cycles, and compares both with what is recorded.
+
+    python benchmarks/arm/count.py gate BUILD PLUGIN SYSROOT        instructions as in results/arm.json, main loops
+    python benchmarks/arm/count.py record BUILD PLUGIN SYSROOT [XNNPACK_BLOCKS]   writes arm.json and arm.md
+
+BUILD has the driver `layers`, PLUGIN is count.c compiled. XNNPACK_BLOCKS is a folder of the plugin's files of
+xnnpack_run.py, one a model (conv_small.txt, conv_medium.txt: the layers in order, then the whole model).
+Emulated, counted, modelled: not timed on hardware.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+CPUS = ("neoverse-n1", "neoverse-v1", "neoverse-v2", "cortex-a55")
+CLOSE = 0.01
+COVERED = 0.995  # share of the instructions whose blocks are modelled
+MAIN_LOOP = 0.95  # of the FMA peak
+PEAK = {"neoverse-n1": 2, "neoverse-v1": 4}  # FMA a cycle
+Blocks = Counter[tuple[str, ...]]  # words of a block -> how often it ran
+
+
+def regions(path: Path) -> list[Blocks]:
+    found: list[Blocks] = []
+    for line in path.read_text().splitlines():
+        if line == "region":
+            found.append(Counter())
+        else:
+            count, *words = line.split()
+            found[-1][tuple(words)] += int(count)
+    return found
+
+
+def emulate(build: Path, plugin: Path, sysroot: Path, parts: dict[str, Any]) -> list[Blocks]:
+    lines = [layer["line"] for layer in parts["layers"].values()]
+    found: list[Blocks] = []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "blocks.txt"
+        for text, argument in ((lines, []), (parts["model"], ["model"])):
+            command = ["qemu-aarch64", "-cpu", "neoverse-n1", "-L", str(sysroot)]
+            command += ["-plugin", f"{plugin},out={out}", str(build / "layers"), *argument]
+            subprocess.run(command, input="\n".join(text) + "\n", text=True, check=True)
+            found += regions(out) if argument == [] else regions(out)[-1:]
+    return found
+
+
+def kinds(blocks: Blocks) -> dict[str, int]:
+    """Instructions in all, fused multiply-adds, bytes that vector loads and stores move."""
+    count: Counter[str] = Counter()
+    for words, times in blocks.items():
+        for word in words:
+            i = int(word, 16)
+            count["instructions"] += times
+            if (i & 0xBFA0FC00) == 0x0E20CC00 or (i & 0xBF80F400) == 0x0F801000:
+                count["fma"] += times
+            elif ((i >> 25) & 5) == 4 and (i >> 26) & 1:  # a load or store of vector registers
+                if (i >> 27) & 7 == 5:
+                    size = 2 * (4 << (i >> 30))
+                elif (i >> 31) == 0 and (i >> 24) & 0x3E == 0x0C:
+                    size = (8 << (i >> 30 & 1)) * {7: 1, 10: 2, 6: 3, 2: 4}.get(i >> 12 & 15, 1)
+                else:
+                    size = 16 if (i >> 23) & 1 else 1 << (i >> 30)
+                count["loaded" if (i >> 22) & 1 else "stored"] += times * size
+    return dict(count)
+
+
+def _disassemble(blocks: list[tuple[str, ...]]) -> list[list[str]]:
+    """One run of the disassembler; `nop` of an unusual kind ends a block."""
+    end = "d503229f"  # hint #20
+    words = [w for block in blocks for w in (*block, end)]
+    text = "\n".join(" ".join(f"0x{b:02x}" for b in struct.pack("<I", int(w, 16))) for w in words)
+    output = subprocess.run(
+        ["llvm-mc-19", "--disassemble", "-triple=aarch64", "-mattr=+v8.6a,+fullfp16,+sve2"],
+        input=text, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found: list[list[str]] = [[]]
+    for line in map(str.strip, output.splitlines()):
+        if re.fullmatch(r"csdb|hint\s+#20", line):
+            found.append([])
+        elif line and not line.startswith("."):
+            line = re.sub(r"^blr?\s.*", "b .Lx", line)  # a call is modelled as 100 cycles
+            found[-1].append(re.sub(r"^((?:b|bl|b\.\w+|cbn?z|tbn?z)\s+(?:.*,\s*)?)#-?\d+$", r"\1.Lx", line))
+    return found[:-1]
+
+
+def cycles(all_blocks: list[Blocks]) -> list[dict[str, float]]:
+    """Modelled cycles of each region: those of a block in a loop of its own, times how often it ran."""
+    chosen: list[list[tuple[tuple[str, ...], int]]] = []
+    for blocks in all_blocks:
+        total = sum(len(w) * n for w, n in blocks.items())
+        kept, covered = [], 0
+        for words, times in sorted(blocks.items(), key=lambda b: -len(b[0]) * b[1]):
+            kept.append((words, times))
+            covered += len(words) * times
+            if covered >= COVERED * total:
+                break
+        chosen.append(kept)
+    unique = list({words for kept in chosen for words, _ in kept})
+    code = _disassemble(unique)
+    assert len(code) == len(unique)
+    text = ".Lx:\n" + "".join(
+        f"# LLVM-MCA-BEGIN r{i}\n" + "\n".join(lines) + "\n# LLVM-MCA-END\n" for i, lines in enumerate(code)
+    )
+    result: list[dict[str, float]] = [{} for _ in all_blocks]
+    for cpu in CPUS:
+        output = subprocess.run(
+            ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+v8.6a,+sve2", "-iterations=100",
+             "-skip-unsupported-instructions=any"],
+            input=text, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        of_block = {
+            int(i): int(n) / 100 for i, n in re.findall(r"Code Region - r(\d+)\n.*?Total Cycles:\s+(\d+)", output, re.S)
+        }
+        for kept, row in zip(chosen, result, strict=True):
+            index = {words: i for i, words in enumerate(unique)}
+            row[cpu] = round(sum(times * of_block[index[words]] for words, times in kept))
+    return result
+
+
+def main_loops(build: Path) -> list[str]:
+    """What is wrong with the k-loops of the tallest tile; prints their share of the FMA peak."""
+    sys.path.insert(0, str(HERE.parents[1] / "tests"))
+    from test_disassembly import SHAPE, _innermost_loops, _tiles
+
+    (file,) = (p for p in build.rglob("neon.cpp.o"))
+    tiles = {}
+    for name, body in _tiles("aarch64-linux-gnu-objdump", file).items():
+        if (shape := SHAPE.search(name)) and shape[1] == "VecNeon" and shape[3] == "1":
+            tiles[int(shape[2]), shape[4]] = body
+    wrong = []
+    rows = max(rows for rows, _ in tiles)
+    for packed in "01":
+        loop = max(_innermost_loops(tiles[rows, packed]), key=lambda loop: sum(i.is_fma for i in loop))
+        fma = sum(i.is_fma for i in loop)
+        code = "\n".join(f"{i.name} {i.operands.split('//')[0].split('<')[0]}" for i in loop[:-1])
+        for cpu, peak in PEAK.items():
+            output = subprocess.run(
+                ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-iterations=1000"],
+                input=code, capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+            found = re.search(r"Total Cycles:\s+(\d+)", output)
+            assert found is not None
+            share = fma * 1000 / int(found[1]) / peak
+            print(f"{rows} pixels x 16 channels, packed {packed}: {share:.1%} of the FMA peak on {cpu}")
+            if share < MAIN_LOOP:
+                wrong.append(f"the main loop reaches {share:.1%} on {cpu}, expected {MAIN_LOOP:.0%}")
+    return wrong
+
+
+def gate(build: Path, plugin: Path, sysroot: Path) -> int:
+    wrong = main_loops(build)
+    recorded = json.loads((RESULTS / "arm.json").read_text())["models"]
+    for model, parts in json.loads((HERE / "layers.json").read_text()).items():
+        for name, blocks in zip([*parts["layers"], "whole model"], emulate(build, plugin, sysroot, parts), strict=True):
+            now, then = kinds(blocks)["instructions"], recorded[model][name]["ours"]["instructions"]
+            if abs(now / then - 1) > CLOSE:
+                wrong.append(f"{model} {name}: {now} instructions, recorded {then} ({now / then - 1:+.1%})")
+    print(*wrong or ["instructions of all layers are as recorded"], sep="\n")
+    return int(bool(wrong))
+
+
+def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
+    path = RESULTS / "arm.json"
+    before = json.loads(path.read_text())["models"] if path.exists() else {}
+    models: dict[str, Any] = {}
+    for model, parts in json.loads((HERE / "layers.json").read_text()).items():
+        names = [*parts["layers"], "whole model"]
+        mine = emulate(build, plugin, sysroot, parts)
+        rows = {}
+        theirs = regions(peer / f"{model}.txt") if peer else []
+        counted = [kinds(b) | {"cycles": c} for b, c in zip(mine + theirs, cycles(mine + theirs), strict=True)]
+        for i, name in enumerate(names):
+            rows[name] = {"group": parts["layers"].get(name, {}).get("group", "model"), "ours": counted[i]}
+            old = before.get(model, {}).get(name, {}).get("XNNPACK")
+            if theirs or old:
+                rows[name]["XNNPACK"] = counted[len(names) + i] if theirs else old
+        models[model] = rows
+    what = {
+        "kind": "emulated, counted, modelled: not timed on hardware",
+        "compiler": "clang 19.1.7", "emulator": "qemu 7.2, neoverse-n1", "model": "llvm-mca 19",
+        "peer": "XNNPACK of ai-edge-litert 2.1.6, cpuinfo of a Neoverse N1", "threads": 1, "dtype": "float32",
+    }  # fmt: skip
+    path.write_text(json.dumps({**what, "models": models}, indent=1) + "\n")
+    (RESULTS / "arm.md").write_text(_table(what, models))
+    return 0
+
+
+def _table(what: dict[str, Any], models: dict[str, Any]) -> str:
+    text = [
+        "# ARM (aarch64): emulated, counted, modelled - not timed on hardware",
+        "",
+        "fp32, one image, one thread, channels_last in and out. Instructions: exact counts under qemu 7.2",
+        f"(neoverse-n1), built by {what['compiler']}. Cycles: those of llvm-mca 19 for each executed block, times",
+        "how often it ran: no cache misses, no front end, a block as a loop of its own.",
+        f"Peer: {what['peer']}, the same layer. Ratios below 1 mean fewer.",
+        "The last columns: modelled cycles, ours / XNNPACK's. Written by `benchmarks/arm/count.py record`.",
+    ]
+    for model, rows in models.items():
+        columns = (
+            "layer | kind | instructions (k) | of them FMA | loaded + stored (KB) | / XNNPACK: instructions | bytes"
+        )
+        columns += " | n1 | v1 | v2 | a55"
+        text += ["", f"## {model}", "", f"| {columns} |", "|---" * 11 + "|"]
+        for name, row in rows.items():
+            o, p = row["ours"], row.get("XNNPACK")
+            moved = (o["loaded"] + o["stored"]) / 1024
+            cells = [
+                name,
+                row["group"],
+                f"{o['instructions'] / 1e3:.0f}",
+                f"{o['fma'] / o['instructions']:.0%}",
+                f"{moved:.0f}",
+            ]
+            if p:
+                cells += [f"{o['instructions'] / p['instructions']:.2f}"]
+                cells += [f"{(o['loaded'] + o['stored']) / (p['loaded'] + p['stored']):.2f}"]
+                cells += [f"{o['cycles'][c] / p['cycles'][c]:.2f}" for c in CPUS]
+            else:
+                cells += ["-"] * 6
+            text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    command, *paths = sys.argv[1:]
+    build_, plugin_, sysroot_, *rest = map(Path, paths)
+    if command == "gate":
+        sys.exit(gate(build_, plugin_, sysroot_))
+    sys.exit(record(build_, plugin_, sysroot_, rest[0] if rest else None))
