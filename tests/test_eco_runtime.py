@@ -163,6 +163,19 @@ def test_wrapped_modules_are_left_alone_with_the_reason(wrap: Any) -> None:
     assert "pw_exp" in report.rows[0].by
 
 
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
+def test_synchronised_norms_are_left_alone_with_the_reason(convert: Any) -> None:
+    m = convert(block()).eval()
+    x = torch.randn(2, 16, 7, 6)
+    with torch.no_grad():
+        want = m(x)
+        mnv4_ops.enable()
+        report = mnv4_ops.explain(m, x)
+        assert torch.equal(m(x), want)
+    assert [row.served for row in report.rows] == [False]
+    assert "Sync" in report.rows[0].by
+
+
 def test_a_pickled_model_is_served_again() -> None:
     m = model()
     mnv4_ops.enable()
