@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from mnv4_ops.triton_kernels import chain as C
 from mnv4_ops.triton_kernels.block import Block, Plan
+from mnv4_ops.triton_kernels.plan import place
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -20,7 +21,7 @@ def test_buffers_that_live_at_once_do_not_overlap(seed: int) -> None:
     sizes = []
     for i in range(12):
         sizes += [(draw.randrange(0, 5000), i, i + 1), (draw.choice((0, 700, 9000)), i, i)]
-    offsets, total = C._place(sizes)
+    offsets, total = place(sizes)
     for a, (size, first, last) in zip(offsets, sizes, strict=True):
         assert a % 256 == 0
         assert a + size <= total
@@ -60,7 +61,7 @@ def test_addresses_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         plans.append(plan)
         natives[i]._plans[2, 4, 4, 0, None] = plan
     x = torch.zeros(2, 8, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
-    chain = C.chain(natives, x, 0)
+    chain = C.link(natives, x, 0)
     assert chain is not None
     for _ in range(2):
         log.clear()
@@ -80,6 +81,6 @@ def test_addresses_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             if i:
                 assert args[2 * i][0] + 16 == args[2 * i - 1][1]
     # not before every block has run, and not where the input must be copied
-    assert C.chain(natives, x.contiguous(), 0) is None
+    assert C.link(natives, x.contiguous(), 0) is None
     plans[1].ready = False
-    assert C.chain(natives, x, 0) is None
+    assert C.link(natives, x, 0) is None

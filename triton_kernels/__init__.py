@@ -23,7 +23,7 @@ __all__ = ["Block", "Head", "tune"]
 def __getattr__(name: str) -> Any:
     if name in ("Block", "Head"):
         return getattr(importlib.import_module(".block", __name__), name)
-    if name in ("chain", "compile_ahead"):
+    if name in ("link", "compile_ahead"):
         return getattr(importlib.import_module(".chain", __name__), name)
     if name == "tune":
         return importlib.import_module(".tuner", __name__).tune

@@ -14,11 +14,13 @@ from . import config
 from .build import Build, build_op, build_pool
 from .config import Config
 from .launch import Launch, OutOfResources, current_device, current_stream, interpreted
-from .plan import Op, Packed, apart, chain, fused, round_up, spread
+from .plan import Op, Packed, apart, chain, fused, place, round_up, spread
 
 ACTS = ("none", "relu", "relu6", "gelu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLANS = 64
+# bytes of scratch above which a block takes its batch in chunks
+SCRATCH = 320 << 20
 # bits of `allow_tf32`: in convolutions, in the classifier
 CONV_TF32, LINEAR_TF32 = 1, 2
 
@@ -331,43 +333,44 @@ class Block(_Runner):
         ops = self.fused_ops if choice["fused"] else self.ops
         assert ops is not None
         ops = spread(ops, [cfg["path"] for cfg in choice["ops"]])
-        item = self.dtype.itemsize
-        step = choice.get("chunk") or n
-        per_image = [math.prod(shape) * item for shape in ((self.native["c_in"], h, w), self.output_shape(1, h, w))]
-        if any(step * b % 16 for b in per_image):
-            # chunks must start at addresses that 16-byte loads can take
-            step = n
         shapes = [(h, w)]
         for op in ops:
             shapes.append(op.out_hw(*shapes[-1]))
-        # intermediates alternate between two regions of the scratch, then partial sums and counters
-        between = [
-            round_up(min(step, n) * op.c_out * hh * ww * item, 256)
-            for op, (hh, ww) in zip(ops[:-1], shapes[1:-1], strict=True)
-        ]
-        region = max(between, default=0)
-        tail = region * min(len(between), 2)
-        launches: list[Launch] = []
-        scratch = tail
-        c_in, c_out = self.native["c_in"], self.native["c_out"]
-        for first in range(0, n, step):
-            images = min(step, n - first)
-            x = ("x", first * c_in * h * w * item, self.dtype)
-            y = ("out", first * c_out * shapes[-1][0] * shapes[-1][1] * item, self.dtype)
-            built: list[Build] = []
-            source = x
-            for i, (op, cfg) in enumerate(zip(ops, choice["ops"], strict=True)):
-                target = y if i == len(ops) - 1 else ("scratch", region * (i % 2), self.dtype)
-                residual = x if op.residual else source
-                built.append(
-                    build_op(
-                        op, dict(cfg), self.packed, self.native["padding"], self._precision(allow_tf32),
-                        images, *shapes[i], source, residual, target, strides if i == 0 else None,
-                    )
-                )  # fmt: skip
-                source = target
-            scratch = max(scratch, _link(built, tail, launches))
-        return Plan(launches, scratch, choice)
+        item = self.dtype.itemsize
+        image_in = strides[0] * item if strides else self.native["c_in"] * h * w * item
+        image_out = math.prod(self.output_shape(1, h, w)) * item
+
+        def parts(step: int) -> tuple[list[Launch], int]:
+            sizes = [min(step, n) * op.c_out * hh * ww * item for op, (hh, ww) in zip(ops, shapes[1:], strict=True)]
+            offsets, tail = place([(size, i, i + 1) for i, size in enumerate(sizes[:-1])])
+            launches: list[Launch] = []
+            scratch = tail
+            for first in range(0, n, step):
+                x = source = ("x", first * image_in, self.dtype)
+                built: list[Build] = []
+                for i, (op, cfg) in enumerate(zip(ops, choice["ops"], strict=True)):
+                    last = i == len(ops) - 1
+                    target = ("out", first * image_out, self.dtype) if last else ("scratch", offsets[i], self.dtype)
+                    built.append(
+                        build_op(
+                            op, dict(cfg), self.packed, self.native["padding"], self._precision(allow_tf32),
+                            min(step, n - first), *shapes[i], source, x if op.residual else source, target,
+                            strides if i == 0 else None,
+                        )
+                    )  # fmt: skip
+                    source = target
+                scratch = max(scratch, _link(built, tail, launches))
+            return launches, scratch
+
+        step = choice.get("chunk") or n
+        while True:
+            # chunks must start at addresses that 16-byte loads can take
+            if step < n and (step * image_in % 16 or step * image_out % 16):
+                return Plan(*parts(n), choice)
+            launches, scratch = parts(step)
+            if scratch <= SCRATCH or step == 1:
+                return Plan(launches, scratch, choice)
+            step = -(-step // 2)
 
 
 def _link(built: list[Build], tail: int, launches: list[Launch]) -> int:

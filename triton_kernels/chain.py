@@ -19,22 +19,10 @@ from torch import Tensor
 
 from .block import Block, Head, Plan
 from .launch import current_stream, direct, interpreted
-from .plan import round_up
+from .plan import place
 
 X, OUT, ARENA, FIXED = range(4)
 Grid = tuple[int, int, int]
-
-
-def _place(sizes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Offsets of buffers (bytes, first use, last use), first fit in order, and the bytes of all."""
-    placed: list[tuple[int, int, int, int]] = []
-    for size, first, last in sizes:
-        at = 0
-        for start, end, f, last_use in sorted(placed):
-            if f <= last and first <= last_use and start < at + size:
-                at = max(at, end)
-        placed.append((at, at + round_up(size, 256), first, last))
-    return [p[0] for p in placed], max((p[1] for p in placed), default=0)
 
 
 class Chain:
@@ -50,7 +38,7 @@ class Chain:
         for i, (plan, shape) in enumerate(zip(plans, shapes, strict=True)):
             buffers.append((torch.Size(shape).numel() * dtype.itemsize if i < last else 0, i, i + 1))
             buffers.append((plan.scratch, i, i))
-        offsets, size = _place(buffers)
+        offsets, size = place(buffers)
         self._size, self._device = size, device
         self._shape, self._dtype = shapes[-1], dtype
         self._format = torch.contiguous_format if len(shapes[-1]) == 2 else torch.channels_last
@@ -97,7 +85,7 @@ class Chain:
         return out
 
 
-def chain(natives: Sequence[Block | Head], x: Tensor, allow_tf32: int) -> Chain | None:
+def link(natives: Sequence[Block | Head], x: Tensor, allow_tf32: int) -> Chain | None:
     """The blocks as one list; None until each has run with this geometry, or where `x` has to be copied first."""
     strides = natives[0].reads(x)
     if strides is False:

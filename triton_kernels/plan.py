@@ -126,6 +126,21 @@ def spread(ops: tuple[Op, ...], paths: Sequence[str]) -> tuple[Op, ...]:
     return tuple(out)
 
 
+def place(sizes: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets of buffers (bytes, first use, last use), the largest placed first, and the bytes of all."""
+    placed: list[tuple[int, int, int, int]] = []
+    offsets = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        size, first, last = sizes[i]
+        at = 0
+        for start, end, f, last_use in sorted(placed):
+            if f <= last and first <= last_use and start < at + size:
+                at = max(at, end)
+        placed.append((at, at + round_up(size, 256), first, last))
+        offsets[i] = at
+    return offsets, max((p[1] for p in placed), default=0)
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 

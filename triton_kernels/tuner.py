@@ -52,10 +52,16 @@ def candidates(op: Op, n: int, h: int, w: int, dtype: torch.dtype, exact: bool, 
     large = pixels >= sms * 20
     rows = config.rows_for(ho, op.kernel)
     if op.kind == "depthwise":
-        for r, j, k in ((rows, 16, 64), (rows, 8, 64), (rows, 16, 32), (2, 16, 64)):
-            out.append(
-                {"path": "depthwise", "rows": r, "j": j, "k": min(k, max(16, config.next_pow2(op.c_in))), "warps": 4}
-            )
+        tiles = [(rows, 16, 64), (rows, 8, 64), (rows, 16, 32)]
+        if pixels * op.c_in < sms << 16:
+            tiles += [(2, 16, 64), (2, 8, 64), (1, 16, 64)]
+        elif ho % 8 == 0 and op.stride == 1:
+            tiles.append((8, 8, 64))
+        for r, j, k in tiles:
+            k = min(k, max(16, config.next_pow2(op.c_in)))
+            out.append({"path": "depthwise", "rows": r, "j": j, "k": k, "warps": 4})
+        if not pixels * op.c_in < sms << 16:
+            out.append({**out[1], "regs": 128})
     elif op.kind == "dense":
         for p in (64, 128) if large else (32, 64, 128):
             out.append({**first, "p": p, "warps": 4, "stages": 3})
@@ -87,6 +93,8 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
                 })  # fmt: skip
         if op.c_in >= 128 and pixels >= sms * 96:
             out.append({**out[-1], "j": 128 // rows, "warps": 8})
+        if not op.kernel:
+            out.append({**base, "j": 128, "k": k, "n0": 128, "n1": 0, "warps": 4})
         if op.c_out > 256 and pixels >= sms * 96:
             # the input tile is made once here; two matrices' worth of columns do not fit the other kernel
             return out
@@ -108,6 +116,8 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     elif large:
         out += [{**base, "j": 64, "k": k, "n0": full[0], "n1": full[1], "warps": 4}]
         out += [{**base, "j": 128, "k": k, "n0": full[0], "n1": full[1], "warps": 8}]
+        if k == 64 and full[0] >= 128:
+            out.append({**out[-1], "stages": 4})
         if op.c_out >= 256:
             out.append({**base, "j": 128, "k": k, "n0": 128, "n1": 0, "warps": 4})
     if large:
@@ -384,7 +394,7 @@ def tune_block(
             if label(i, option) in known:
                 continue
             try:
-                known[label(i, option)] = timed.time(timed.plan(choice)[i : i + 1])
+                known[label(i, option)] = timed.time(timed.plan(choice)[i :: len(choice["ops"])])
             except Exception as error:
                 log(f"    {option}: {str(error)[:80]}")
                 continue

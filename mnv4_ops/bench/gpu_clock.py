@@ -17,7 +17,10 @@ _MIN_ROUNDS = 3
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Captures a call after a warm-up on a side stream; the result replays it and returns the graph's own output."""
+    """Captures a call after a warm-up on a side stream; the result replays it and returns the graph's own output.
+
+    It keeps what `run` holds: a graph goes on reading the weights of a model that is gone.
+    """
     import torch
 
     side = torch.cuda.Stream()
@@ -30,7 +33,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         output = run()
 
-    def replay() -> Any:
+    def replay(_kept: Any = run) -> Any:
         graph.replay()
         return output
 

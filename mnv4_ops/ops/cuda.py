@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,16 +24,6 @@ from .layout import PER_STAGE, Layout, Params, empty_output
 # the contents of statistics can only be had by waiting for the GPU
 EXACT = False
 TORCH, TRITON, CAPABILITY = (2, 10), (3, 6), (8, 0)
-
-
-EXPERIMENTAL_VARIABLE = "MNV4_OPS_GPU_EXPERIMENTAL"
-
-
-def experimental() -> bool:
-    """Whether to use what has been tested in Triton's interpreter alone: a forward as one list of launches, and kernels
-    compiled several at a time before the first one.
-    """
-    return os.environ.get(EXPERIMENTAL_VARIABLE, "") == "1"
 
 
 class NoFit(RuntimeError):
@@ -211,9 +200,9 @@ class Program:
         self._layouts = [layout for _, layout in parts]
         self._exact = self._dtype is not torch.float32
         self._shapes: dict[tuple[int, int, int], list[tuple[Any, tuple[int, ...], torch.memory_format]]] = {}
-        ready = experimental() and self._device is not None and self._device.type == "cuda"
+        ready = self._device is not None and self._device.type == "cuda"
         module = kernels() if ready else None
-        self._chain: Any = getattr(module, "chain", None)
+        self._chain: Any = getattr(module, "link", None)
         self._ahead: Any = getattr(module, "compile_ahead", None)
         self._chains: dict[tuple[Any, ...], Any] = {}
 
