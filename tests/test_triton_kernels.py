@@ -133,7 +133,7 @@ def test_the_h100_table_holds_what_it_claims() -> None:
 
 
 @pytest.mark.parametrize(("structure", "kind"), [("stem", "sliced"), ("ExtraDW", "channels_last")])
-def test_chunks_of_a_batch_give_the_same(structure: str, kind: str) -> None:
+def test_chunks_of_a_batch_give_the_same(structure: str, kind: str, tmp_path: Path) -> None:
     """Scratch above the limit makes chunks, also of an input that is read by its strides."""
     desc: dict[str, Any] = (
         {"c_in": 4, "c_mid": 24, "c_out": 16, "expand": True, "expand_kernel": 3, "expand_stride": 2, "project": True}
@@ -171,9 +171,8 @@ assert launches[1] > launches[0], launches
 assert outs[0].isfinite().all()
 """
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", run, repr(desc), kind], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", run, repr(desc), kind]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
