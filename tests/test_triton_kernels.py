@@ -23,9 +23,9 @@ gpu = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _lines(*args: str, **environment: str) -> list[dict[str, Any]]:
+def run_lines(program: str, *args: str, **environment: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, str(HERE / "triton_cases.py"), *args],
+        [sys.executable, str(HERE / program), *args],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.stdout, done.stderr[-2000:]
@@ -37,7 +37,7 @@ def _lines(*args: str, **environment: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_small_blocks_in_the_interpreter() -> None:
     # a process of its own: the interpreter is chosen when triton is imported
-    lines = _lines("cpu", TRITON_INTERPRET="1")
+    lines = run_lines("triton_cases.py", "cpu", TRITON_INTERPRET="1")
     assert lines[-1] == {"failed": 0}
     assert len(lines) > 50
 
@@ -191,7 +191,7 @@ class TestOnGpu:
     pytestmark = gpu
 
     def test_small_blocks(self) -> None:
-        assert _lines("cuda")[-1] == {"failed": 0}
+        assert run_lines("triton_cases.py", "cuda")[-1] == {"failed": 0}
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("desc", "h", "w"), _ledger())

@@ -25,7 +25,7 @@ class Build:
         kernel: Any,
         grid: tuple[int, int, int],
         addresses: Callable[[Any, Any, Any, Any], list[Any]],
-        scalars: dict[str, int],
+        scalars: dict[str, Any],
         constants: dict[str, Any],
         options: dict[str, int],
         dummy: Any,
@@ -81,18 +81,18 @@ class Build:
         )  # fmt: skip
 
 
-def _pad(size: int, kernel: int, stride: int, padding: str) -> int:
+def pad_before(size: int, kernel: int, stride: int, padding: str) -> int:
     """Zeros before a side."""
     if padding == "symmetric":
         return kernel // 2
     return max((-(-size // stride) - 1) * stride + kernel - size, 0) // 2
 
 
-def _options(cfg: Config) -> dict[str, int]:
-    options = {"num_warps": cfg["warps"], "num_stages": max(cfg.get("stages", 1), 1)}
+def options(cfg: Config) -> dict[str, int]:
+    found = {"num_warps": cfg["warps"], "num_stages": max(cfg.get("stages", 1), 1)}
     if cfg.get("regs"):
-        options["maxnreg"] = cfg["regs"]
-    return options
+        found["maxnreg"] = cfg["regs"]
+    return found
 
 
 def build_op(
@@ -114,8 +114,8 @@ def build_op(
     kernel, stride = op.kernel, op.stride
     scalars = {
         "J": n * ho * wo, "H": h, "W": w, "HO": ho, "WO": wo,
-        "PAD_Y": _pad(h, kernel, stride, padding) if kernel else 0,
-        "PAD_X": _pad(w, kernel, stride, padding) if kernel else 0,
+        "PAD_Y": pad_before(h, kernel, stride, padding) if kernel else 0,
+        "PAD_X": pad_before(w, kernel, stride, padding) if kernel else 0,
     }  # fmt: skip
     if op.kind == "dense":
         return _build_dense(op, cfg, packed, precision, scalars, x, residual, out, strides)
@@ -137,7 +137,7 @@ def build_op(
         }  # fmt: skip
         return Build(
             depthwise_kernel, (tiles, -(-op.c_in // cfg["k"]), 1), lambda p, c, z, s: [x, taps.taps, residual, out, z],
-            scalars, constants, _options(cfg), taps.taps,
+            scalars, constants, options(cfg), taps.taps,
         )  # fmt: skip
     first = packed[stages[0]]
     t = taps.taps if taps else first.affine
@@ -156,7 +156,7 @@ def build_op(
         return Build(
             ffn_kernel, (tiles, 1, 1),
             lambda p, c, z, s: [x, t, first.w, first.affine, last.w, last.affine, out, s if taps else x],
-            scalars, constants, _options(cfg), first.affine, strip=strip,
+            scalars, constants, options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     if cfg["path"] == "expand":
         if op.residual:
@@ -169,7 +169,7 @@ def build_op(
         return Build(
             expand_kernel, (tiles, -(-op.c_out // cfg["n_program"]), 1),
             lambda p, c, z, s: [x, t, first.w, first.affine, out, s if taps else x, z],
-            scalars, constants, _options(cfg), first.affine, strip=strip,
+            scalars, constants, options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     block_n = cfg["n0"] + cfg["n1"]
     with_strip = bool(kernel and cfg.get("d"))
@@ -186,7 +186,7 @@ def build_op(
     return Build(
         pointwise_kernel, (tiles, -(-op.c_out // block_n), split),
         lambda p, c, z, s: [x, t, first.w, first.affine, residual, out, p, s if with_strip else x, c, z],
-        scalars, constants, _options(cfg), first.affine, split, rows * block_j * block_n,
+        scalars, constants, options(cfg), first.affine, split, rows * block_j * block_n,
         strip=strip if with_strip else (0, None),
     )  # fmt: skip
 
@@ -220,7 +220,7 @@ def _build_dense(
     return Build(
         dense_kernel, grid,
         lambda p, c, z, s: [x, first.w, first.affine, last.w, last.affine, residual, out, z],
-        scalars, constants, _options(cfg), first.affine,
+        scalars, constants, options(cfg), first.affine,
     )  # fmt: skip
 
 
@@ -246,5 +246,5 @@ def build_pool(
     return Build(
         pool_kernel, (n, -(-width // cfg["n"]), 1),
         lambda p, c, z, s: [x, feat.w if feat else x, feat.affine if feat else x, out, z],
-        {"PIXELS": pixels}, constants, _options(cfg), dummy,
+        {"PIXELS": pixels}, constants, options(cfg), dummy,
     )  # fmt: skip

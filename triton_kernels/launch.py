@@ -62,7 +62,7 @@ class Launch:
         kernel: Any,
         grid: tuple[int, int, int],
         addresses: Sequence[Any],
-        scalars: dict[str, int],
+        scalars: dict[str, Any],
         constants: dict[str, Any],
         options: dict[str, int],
     ) -> None:

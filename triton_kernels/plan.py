@@ -145,6 +145,29 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def batch_norm_affine(
+    c: int,
+    device: object,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    bn_mean: Tensor | None,
+    bn_var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) [c] float64 of a bias and the BatchNorm after it; None: there is none."""
+    scale = torch.ones(c, dtype=torch.float64, device=device)
+    shift = torch.zeros_like(scale) if bias is None else bias.detach().to(torch.float64)
+    if bn_mean is not None and bn_var is not None:
+        scale = (bn_var.detach().to(torch.float64) + eps).rsqrt()
+        if bn_weight is not None:
+            scale = scale * bn_weight.detach().to(torch.float64)
+        shift = (shift - bn_mean.detach().to(torch.float64)) * scale
+        if bn_bias is not None:
+            shift = shift + bn_bias.detach().to(torch.float64)
+    return scale, shift
+
+
 class Packed:
     """Folded parameters of one stage in memory that is filled again in place.
 
@@ -181,15 +204,7 @@ class Packed:
         """Folds in float64. In 16 bits a matrix stays as it is; scale and shift go to the epilogue in fp32."""
         c, c_in, k = self.c_out, self.c_in, self.kernel
         w = weight.detach().to(torch.float64).reshape(c, 1 if self.depthwise else c_in, k, k)
-        scale = torch.ones(c, dtype=torch.float64, device=w.device)
-        shift = torch.zeros_like(scale) if bias is None else bias.detach().to(torch.float64)
-        if bn_mean is not None and bn_var is not None:
-            scale = (bn_var.detach().to(torch.float64) + eps).rsqrt()
-            if bn_weight is not None:
-                scale = scale * bn_weight.detach().to(torch.float64)
-            shift = (shift - bn_mean.detach().to(torch.float64)) * scale
-            if bn_bias is not None:
-                shift = shift + bn_bias.detach().to(torch.float64)
+        scale, shift = batch_norm_affine(c, w.device, bias, bn_weight, bn_bias, bn_mean, bn_var, eps)
         if gamma is not None:
             scale, shift = scale * gamma.detach().to(torch.float64), shift * gamma.detach().to(torch.float64)
         if self.depthwise:

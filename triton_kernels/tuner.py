@@ -20,13 +20,15 @@ from torch import Tensor
 
 from mnv4_ops.spec import pad_before_after
 
-from . import config
+from . import config, mqa_tune
 from .block import Block, Head
 from .config import Config
 from .launch import Launch, current_stream
+from .mqa_block import MobileMQA
 from .plan import Op, Packed, apart, round_up
 
-# (keywords of Block or Head, height, width)
+Runner = Block | Head | MobileMQA
+# (keywords of Block, Head or MobileMQA, height, width)
 Job = tuple[dict[str, Any], int, int]
 
 
@@ -145,8 +147,10 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
 Variant = tuple[bool, tuple[Op, ...], list[list[Config]]]
 
 
-def _choices(runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int) -> list[Variant]:
+def _choices(runner: Runner, n: int, h: int, w: int, exact: bool, sms: int, tf32: bool = False) -> list[Variant]:
     """The ways to run a block. Two that differ only in what is apart may be mixed."""
+    if isinstance(runner, MobileMQA):
+        return mqa_tune.variants(runner, n, h, w, int(tf32), sms)
     ways: list[tuple[bool, tuple[Op, ...]]] = [(False, runner.ops)]
     head: list[list[Config]] = []
     if isinstance(runner, Head):
@@ -178,18 +182,17 @@ def _choices(runner: Block | Head, n: int, h: int, w: int, exact: bool, sms: int
     return out
 
 
-def make(desc: dict[str, Any], dtype: torch.dtype, device: Any) -> Block | Head:
-    """`Head` where the keywords are a head's, else `Block`."""
-    return (Head if "c_feat" in desc else Block)(dtype=dtype, device=device, **desc)
+def make(desc: dict[str, Any], dtype: torch.dtype, device: Any) -> Runner:
+    """`Head` or `MobileMQA` where the keywords are theirs, else `Block`."""
+    kind = Head if "c_feat" in desc else MobileMQA if "heads" in desc else Block
+    return kind(dtype=dtype, device=device, **desc)
 
 
 # microseconds by what was timed; the same operation occurs in several blocks
 Known = dict[str, float]
 
 
-def _label(
-    runner: Block | Head, ops: tuple[Op, ...], index: int, n: int, h: int, w: int, tf32: bool, option: Config
-) -> str:
+def _label(runner: Runner, ops: tuple[Op, ...], index: int, n: int, h: int, w: int, tf32: bool, option: Config) -> str:
     """Name of one operation of a block with a tile, for `Known`."""
     head = isinstance(runner, Head)
     padding = "" if head else runner.native["padding"]
@@ -214,7 +217,7 @@ def _one_by_one(variant: Variant, micros: Callable[[int, Config], float]) -> Ite
                 yield i, option, {"fused": is_fused, "chunk": 0, "ops": ops}
 
 
-def _mixed(runner: Block | Head, whole: list[Config], parts: list[Config], times: list[float]) -> list[Config]:
+def _mixed(runner: Runner, whole: list[Config], parts: list[Config], times: list[float]) -> list[Config]:
     """Per operation the faster of one kernel and two; `times` are those of `whole`, then of `parts`."""
     first, second = list(zip(whole, times, strict=False)), list(zip(parts, times[len(whole) :], strict=True))
     out: list[Config] = []
@@ -276,8 +279,10 @@ def _repeats(pixels: int) -> int:
     return max(3, min(30, (1 << 21) // max(pixels, 1)))
 
 
-def plain(runner: Block | Head, x: Tensor) -> Tensor:
+def plain(runner: Runner, x: Tensor) -> Tensor:
     """The block in fp32 by torch's own operations on the packed parameters: what a candidate must come near to."""
+    if isinstance(runner, MobileMQA):
+        return mqa_tune.plain(runner, x)
 
     def matrix(y: Tensor, p: Packed, act: str, stride: int = 1, pad: tuple[int, ...] = ()) -> Tensor:
         weight = p.w[: p.kernel**2 * p.c_in, : p.c_out].float()
@@ -319,10 +324,10 @@ def _act(y: Tensor, act: str) -> Tensor:
 class _Timed:
     """One block at one size: input, output, and plans that share scratch."""
 
-    def __init__(self, runner: Block | Head, n: int, h: int, w: int, tf32: bool) -> None:
+    def __init__(self, runner: Runner, n: int, h: int, w: int, tf32: bool) -> None:
         self.runner, self.n, self.h, self.w, self.tf32 = runner, n, h, w, tf32
         device = runner.device
-        c = runner.c_in if isinstance(runner, Head) else runner.native["c_in"]
+        c = runner.native["c_in"] if isinstance(runner, Block) else runner.c_in
         self.x = torch.randn(n, h, w, c, device=device).to(runner.dtype).permute(0, 3, 1, 2)
         shape = runner.output_shape(n, h, w)
         self.out = torch.empty(
@@ -367,7 +372,7 @@ class _Timed:
 
 
 def tune_block(
-    runner: Block | Head,
+    runner: Runner,
     n: int,
     h: int,
     w: int,
@@ -384,7 +389,7 @@ def tune_block(
     found: list[tuple[float, Config]] = []
     # the best of each operation by kind of variant, for mixing
     best: dict[int, tuple[list[Config], list[float]]] = {}
-    for variant in _choices(runner, n, h, w, exact, sms):
+    for variant in _choices(runner, n, h, w, exact, sms, tf32):
         is_fused, ops_of, lists = variant
 
         def label(i: int, option: Config, ops_of: tuple[Op, ...] = ops_of) -> str:
@@ -448,7 +453,7 @@ def tasks_for(
     for desc, h, w in jobs:
         runner = make(desc, dtype, "cpu")
         for n in batches:
-            for variant in _choices(runner, n, h, w, exact, sms):
+            for variant in _choices(runner, n, h, w, exact, sms, tf32):
                 micros = functools.partial(_known_micros, known or {}, runner, variant[1], n, h, w, tf32)
                 for i, option, choice in _one_by_one(variant, micros):
                     ops = variant[1]
@@ -460,7 +465,7 @@ def tasks_for(
 
 def _known_micros(
     known: Known,
-    runner: Block | Head,
+    runner: Runner,
     ops: tuple[Op, ...],
     n: int,
     h: int,
@@ -472,8 +477,11 @@ def _known_micros(
     return known.get(_label(runner, ops, i, n, h, w, tf32, option), math.inf)
 
 
-def fill_random(runner: Block | Head) -> None:
+def fill_random(runner: Runner) -> None:
     """Packs weights of unit gain, so that timing runs on ordinary numbers."""
+    if isinstance(runner, MobileMQA):
+        mqa_tune.fill_random(runner)
+        return
     for stage, p in runner.packed.items():
         fan = (1 if p.depthwise else p.c_in) * p.kernel**2
         shape = (p.c_out, 1 if p.depthwise else p.c_in, p.kernel, p.kernel)

@@ -1,0 +1,109 @@
+"""Which tiles for Mobile MQA: a formula, and what the tuner tries.
+
+A choice is {"fused": True, "chunk": 0, "ops": [Config, ...]} with one of these lists of paths:
+
+- "mqa" with `inline`: keys and values of a small map in the same kernel;
+- "mqa_project", "mqa": keys and values first; with `share` (heads of one program) a "pointwise" follows;
+- "mqa_project" with `q`, "attention", then "pointwise", or "mqa_output" where the queries are pooled.
+
+`p` pixels (of "attention": rows), `k` input channels of a step, `n` columns of a tile of queries, of `pq` pixels;
+`keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import config
+from .config import Config, next_pow2, pieces
+
+if TYPE_CHECKING:
+    from .mqa_block import MobileMQA
+
+# more keys than these go through the online softmax
+MAX_KEYS = 256
+
+
+def width(dim: int) -> int:
+    """Channels of a head in memory: no product is narrower than 32 columns, see `config.pieces`."""
+    return max(32, next_pow2(dim))
+
+
+def keys(nk: int, most: int = MAX_KEYS) -> dict[str, int]:
+    """All keys at once in one or two pieces, or blocks of 64."""
+    if nk > most:
+        return {"keys0": 64, "keys1": 0}
+    k0, k1 = pieces(nk)
+    return {"keys0": k0, "keys1": k1}
+
+
+def step(c: int, high: int = 64) -> int:
+    """Channels of a step: at least 32, so that few pixels have loads of 16 bytes."""
+    return min(high, max(32, config.piece_k(c, high)))
+
+
+def _list(*ops: Config) -> Config:
+    return {"fused": True, "chunk": 0, "ops": list(ops)}
+
+
+def project(p: int, k: int, *, q: int = 0, pq: int = 16, n: int = 32, warps: int = 4, stages: int = 1) -> Config:
+    """Tiles of the projections, those of queries only with `q`."""
+    return {"path": "mqa_project", "p": p, "k": k, "q": q, "pq": pq, "n": n, "warps": warps, "stages": stages}
+
+
+def _last(runner: MobileMQA, n: int, h: int, w: int, exact: bool, sms: int) -> Config:
+    """The output projection as a kernel of its own."""
+    hq, wq = runner.query_hw(h, w)
+    if runner.native["query_stride"] > 1:
+        return {"path": "mqa_output", "p": 32, "k": 32, "n": 32, "warps": 4, "stages": 1}
+    return config.formula(runner.op, n, hq, wq, runner.dtype.itemsize, exact, sms)
+
+
+def small(runner: MobileMQA, n: int, h: int, w: int) -> Config:
+    """Three kernels of the smallest tiles: what runs where shared memory is short, and IEEE fp32."""
+    first = project(16, 16, q=1, pq=32, n=32)
+    return _list(first, attention(32, 32, 0, 4, 1), _last(runner, n, h, w, True, 132))
+
+
+def attention(p: int, keys0: int, keys1: int, warps: int, stages: int) -> Config:
+    """A tile of the attention kernel."""
+    return {"path": "attention", "p": p, "keys0": keys0, "keys1": keys1, "warps": warps, "stages": stages}
+
+
+def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms: int = 132) -> Config:
+    """A choice that is never bad."""
+    exact, half = runner.exact(allow_tf32), runner.dtype != torch.float32
+    if exact:
+        return small(runner, n, h, w)
+    (hq, wq), (hk, wk) = runner.query_hw(h, w), runner.kv_hw(h, w)
+    nq, nk = hq * wq, hk * wk
+    c, pixels = runner.c, n * nq
+    large = pixels >= sms * 32
+    k = step(c, 64 if half else 32)
+    last = _last(runner, n, h, w, False, sms)
+    p_kv = 32 if n * nk >= sms * 16 else 16
+    if half and c <= 256 and runner.native["query_stride"] == 1 and max(runner.dk, runner.dv) <= 64:
+        tile = {"path": "mqa", "inline": 0, "k": k, **keys(nk), "share": 0, "stages": 2}
+        n0, n1 = pieces(c)
+        if nq <= 64 and not runner.down:
+            inline = {"inline": 1, "p": max(16, next_pow2(nq)), "keys0": 0, "keys1": 0, "warps": 8 if nq > 32 else 4}
+            return _list({**tile, "n0": n0, "n1": n1, **inline})
+        first = project(p_kv, 32 if large else k, stages=1 if runner.down else 3)
+        if large:
+            p = 128 if pixels >= sms * 128 and nq > 64 else 64
+            return _list(first, {**tile, "p": p, "n0": n0, "n1": n1, "warps": 8})
+        return _list(first, {**tile, "p": 16, "n0": 0, "n1": 0, "share": 1, "warps": 4}, last)
+    if large:
+        first = project(p_kv, k, q=1, pq=128 if half else 64, n=128 if half else 64, warps=8, stages=3 if half else 2)
+    else:
+        first = project(16, k, q=1, pq=16 if pixels <= 256 else 64, n=64, stages=3 if half else 2)
+    if not half:
+        # the products of attention are IEEE as torch comes
+        return _list(first, attention(32, 32, 0, 4, 1), last)
+    rows = 128 if large else 32 if pixels * runner.heads >= sms * 32 else 16
+    return _list(first, attention(rows, *keys(nk).values(), 8 if rows == 128 else 4, 2), last)
+
+
+__all__ = ["attention", "formula", "keys", "project", "small", "step", "width"]
