@@ -38,9 +38,40 @@ with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode():
 print("fine")
 """
 
+ATTENTION = """
+import copy, pytest, torch
+import mnv4_ops, standin
+import mnv4_ops.triton_kernels as kernels
+from mnv4_ops.ops import cuda
+from mnv4_ops.reference import randomize_
+from rule import assert_2x
+from timm.models._efficientnet_blocks import MobileAttention
+
+more = dict(num_heads=2, key_dim=16, value_dim=24, use_multi_query=True)
+model = torch.nn.Sequential(MobileAttention(24, 24, kv_stride=2, **more), MobileAttention(24, 24, **more))
+model = randomize_(model).eval()
+with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode():
+    patch.setattr(cuda, "kernels", lambda: kernels)
+    for dtype, size in [(torch.float16, (2, 24, 7, 6)), (torch.float32, (1, 24, 5, 8))]:
+        model = model.to(dtype)
+        x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
+        plain, double = model(x), copy.deepcopy(model).double()(x.double())
+        with mnv4_ops.enable():
+            got = model(x)
+            assert len(mnv4_ops.explain(model, x).served) == 2
+        assert_2x(got, plain, double)
+        q, k, v = (torch.randn(2, heads, 9, 16).to(dtype) for heads in (3, 1, 1))
+        got = torch.ops.mnv4.mqa_attention(q, k, v)
+        both = (q, k, v), [t.double() for t in (q, k, v)]
+        plain, double = (torch.softmax(a @ b.mT / 4, -1) @ c for a, b, c in both)
+        assert_2x(got, plain, double)
+print("fine")
+"""
+
 
 @pytest.mark.slow
-def test_model() -> None:
+@pytest.mark.parametrize("code", [CODE, ATTENTION], ids=["model", "attention"])
+def test_model(code: str) -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -49,7 +80,7 @@ def test_model() -> None:
     }
     # not in the checkout, whose bare source tree would be imported
     done = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=600,

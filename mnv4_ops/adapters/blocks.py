@@ -14,7 +14,7 @@ from .layers import ABSENT, Family, Stage, bare_norm, conv, doubling, norm, padd
 from .record import Call, Part, Recipe, Recorder, Unsupported
 
 # kinds of devices with a kernel for attention
-MQA_DEVICES = ("cpu",)
+MQA_DEVICES = ("cpu", "cuda")
 
 # the stages of a model's head but its classifier, read from the modules of one library
 Hidden = Callable[[Recorder], Stage]

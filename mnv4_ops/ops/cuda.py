@@ -181,6 +181,12 @@ def runner(native: Any, layout: Layout) -> Callable[[Tensor], Tensor]:
     return Program([(native, layout)]).run
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    """softmax(scale q k^T) v of checked tensors [B, heads, rows, channels]."""
+    with on_device(q.device):
+        kernels().mqa_attention(q, k, v, scale, out, allow_tf32=precision() if q.dtype is torch.float32 else 0)
+
+
 def statistics(layout: Layout, params: Params) -> Any:
     """Hash of all running statistics: a train-mode forward moves them without a new version. Waits for the device."""
     found = [params[base + i] for _, base in layout.stages for i in (4, 5)]
