@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mnv4_ops._experimental import experimental
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec
 
 from .layers import ABSENT, Family, Stage, bare_norm, conv, doubling, norm, padding_of, sequence
 from .record import Call, Part, Recipe, Recorder, Unsupported
 
 # kinds of devices with a kernel for attention
-MQA_DEVICES = ("cpu", "cuda")
+MQA_DEVICES = ("cpu", "cuda") if experimental() else ("cpu",)
 
 # the stages of a model's head but its classifier, read from the modules of one library
 Hidden = Callable[[Recorder], Stage]

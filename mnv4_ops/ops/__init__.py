@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mnv4_ops import cache
+from mnv4_ops._experimental import experimental
 
 from . import attention, program
 from .backends import BY_DEVICE
@@ -41,7 +42,7 @@ SCHEMAS = {
 # torch's dispatch keys, and the device whose backend serves them
 BACKENDS = {"CPU": "cpu", "CUDA": "cuda"}
 # ops without a kernel on a GPU
-CPU_ONLY = ("mobile_mqa", attention.OP)
+CPU_ONLY: tuple[str, ...] = () if experimental() else ("mobile_mqa", attention.OP)
 
 _library = torch.library.Library("mnv4", "DEF")
 

@@ -90,7 +90,7 @@ def unavailable() -> str | None:
 
 
 def kernels() -> Any:
-    """What has the classes `Block` and `Head`."""
+    """What has the classes `Block`, `Head` and `MobileMQA`."""
     module = importlib.import_module("mnv4_ops.triton_kernels")
     module.Block, module.Head  # noqa: B018 - imported on first use
     return module
@@ -136,9 +136,7 @@ def build(layout: Layout) -> Any:
     module = kernels()
     # tensors made in inference mode could not be filled again outside of it
     with torch.inference_mode(False), on_device(device):
-        return (module.Head if layout.pooled else module.Block)(
-            dtype=layout.dtype, device=device, **dict(layout.native)
-        )
+        return getattr(module, layout.native_class)(dtype=layout.dtype, device=device, **dict(layout.native))
 
 
 def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> bool:
@@ -149,7 +147,7 @@ def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> b
     with torch.inference_mode(False), torch.no_grad(), on_device(layout.device):
         for stage, base in layout.stages:
             tensors = [None if t is None else t.detach() for t in params[base : base + len(PER_STAGE)]]
-            gamma = params[layout.gamma] if layout.gamma is not None and stage == 3 else None
+            gamma = params[layout.gamma] if layout.gamma is not None and stage == layout.gamma_stage else None
             native.pack(stage, *tensors, eps[base // len(PER_STAGE)], None if gamma is None else gamma.detach())
         if layout.device is not None and layout.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
