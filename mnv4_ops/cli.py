@@ -1,10 +1,11 @@
-"""`mnv4-ops info | bench | check | tune`. Exit status: 0 fine, 1 a check or the gate failed, 2 wrong usage."""
+"""`mnv4-ops info | bench | check | tune | roofline`.
+
+Exit status: 0 fine, 1 a check or the gate failed, 2 wrong usage.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mnv4_ops import cli_bench
+from mnv4_ops.cli_common import (
+    Device,
+    Json,
+    check_writable,
+    console_for,
+    device_of,
+    dtypes_of,
+    fail,
+    number,
+    numbers,
+    words,
+    write,
+)
+
 app = typer.Typer(
     name="mnv4-ops",
     help="Fused MobileNetV4 inference kernels for PyTorch: what is here, how fast it is, whether it is right.",
@@ -20,88 +36,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-DEVICES = ("cpu", "cuda")
-Device = Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-': stdout).")]
-
-
-def _fail(message: str) -> typer.Exit:
-    """One line on stderr; raise the result."""
-    typer.echo(f"mnv4-ops: error: {message}", err=True)
-    return typer.Exit(2)
-
-
-def _console(json_file: Path | None) -> Console:
-    # with JSON on stdout the tables go to stderr; a pipe gets wide lines that nothing wraps
-    console = Console(stderr=json_file == Path("-"))
-    return console if console.is_terminal else Console(stderr=json_file == Path("-"), width=200, highlight=False)
-
-
-def _write(json_file: Path | None, value: Any) -> None:
-    if json_file is None:
-        return
-    text = json.dumps(value, indent=1) + "\n"
-    if json_file == Path("-"):
-        sys.stdout.write(text)
-        return
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(text)
-
-
-def _check_writable(option: str, file: Path | None) -> None:
-    # found out now and not after ten minutes of measuring
-    if file is None or file == Path("-"):
-        return
-    if file.is_dir():
-        raise _fail(f"{option}: expected a file to write, got the folder {str(file)!r}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        existed = file.exists()
-        file.open("a").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise _fail(f"{option}: {str(file)!r} cannot be written: {error.strerror}") from None
-
-
-def _words(values: list[str]) -> list[str]:
-    return [word for value in values for word in (part.strip() for part in value.split(",")) if word]
-
-
-def _number(option: str, text: str, *, low: int, high: int) -> int:
-    # parsed here, so that a wrong one is one line like every other error
-    if not text.isdecimal() or not low <= int(text) <= high:
-        raise _fail(f"{option}: expected a whole number from {low} to {high}, got {text!r}")
-    return int(text)
-
-
-def _device(device: str, **only: tuple[str, Any]) -> str:
-    """Checks --device; `only` maps options to (the device that has them, the value given or None)."""
-    if device not in DEVICES:
-        raise _fail(f"--device: expected one of {', '.join(DEVICES)}, got {device!r}")
-    for option, (owner, value) in only.items():
-        if value and owner != device:
-            raise _fail(f"--{option}: goes with --device {owner}, not with --device {device}")
-    return device
-
-
-def _dtypes(words: list[str] | None) -> list[str]:
-    from mnv4_ops.check_gpu import DTYPES
-
-    names = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
-    chosen = [names.get(word, word) for word in _words(words or [])]
-    for name in chosen:
-        if name not in DTYPES:
-            raise _fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
-    return list(dict.fromkeys(chosen))
-
-
-def _numbers(option: str, values: list[str], *, low: int = 1, high: int = 4096) -> list[int]:
-    numbers = [_number(option, word, low=low, high=high) for word in _words(values)]
-    if not numbers:
-        raise _fail(f"{option}: expected at least one number")
-    return list(dict.fromkeys(numbers))
 
 
 def _size(size: int | None) -> str:
@@ -115,13 +49,13 @@ def info(json_file: Json = None) -> None:
     """Versions, CPU features, tiers, threads, caches, GPU, peers, and why anything is missing."""
     from mnv4_ops import _info
 
-    _check_writable("--json", json_file)
+    check_writable("--json", json_file)
     facts = _info.collect()
     facts["peers"] = _peer_reasons()
-    console = _console(json_file)
+    console = console_for(json_file)
     if json_file is None or json_file != Path("-"):
         _print_info(console, facts)
-    _write(json_file, facts)
+    write(json_file, facts)
 
 
 def _peer_reasons() -> dict[str, str | None]:
@@ -209,18 +143,18 @@ def bench(
     from mnv4_ops.bench import gpu_run, inputs, machine, run
     from mnv4_ops.bench.errors import BenchError
 
-    _check_writable("--json", json_file)
-    _check_writable("--markdown", markdown)
-    _device(device, threads=("cpu", threads), blocks=("cpu", blocks), dtype=("cuda", dtype))
-    side = None if resolution is None else _number("--resolution", resolution, low=32, high=2048)
-    rounds = _number("--repeats", repeats, low=1, high=10000)
-    limit = _number("--seconds", seconds, low=1, high=86400)
+    check_writable("--json", json_file)
+    check_writable("--markdown", markdown)
+    device_of(device, threads=("cpu", threads), blocks=("cpu", blocks), dtype=("cuda", dtype))
+    side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
+    rounds = number("--repeats", repeats, low=1, high=10000)
+    limit = number("--seconds", seconds, low=1, high=86400)
     try:
         if device == "cuda":
             gpu_plan = gpu_run.GpuPlan(
-                models=inputs.resolve_models(_words(model)),
-                batches=_numbers("--batch", batch),
-                dtypes=_dtypes(dtype) or ["float16"],
+                models=inputs.resolve_models(words(model)),
+                batches=numbers("--batch", batch),
+                dtypes=dtypes_of(dtype) or ["float16"],
                 peers=peers,
                 image=image,
                 resolution=side,
@@ -228,12 +162,12 @@ def bench(
                 seconds=limit,
             )
             gpu_plan.validate()
-            _finish_bench(gpu_run.models(gpu_plan, _console(json_file)), json_file, markdown)
+            _finish_bench(gpu_run.models(gpu_plan, console_for(json_file)), json_file, markdown)
             return
         plan = run.Plan(
-            models=inputs.resolve_models(_words(model)),
-            batches=_numbers("--batch", batch),
-            threads=_numbers("--threads", threads or [str(len(machine.available_cpus()))]),
+            models=inputs.resolve_models(words(model)),
+            batches=numbers("--batch", batch),
+            threads=numbers("--threads", threads or [str(len(machine.available_cpus()))]),
             peers=peers,
             image=image,
             resolution=side,
@@ -241,14 +175,14 @@ def bench(
             seconds=limit,
         )
         plan.validate()
-        outcome = run.blocks(plan, _console(json_file)) if blocks else run.models(plan, _console(json_file))
+        outcome = run.blocks(plan, console_for(json_file)) if blocks else run.models(plan, console_for(json_file))
     except BenchError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     _finish_bench(outcome, json_file, markdown)
 
 
 def _finish_bench(outcome: Any, json_file: Path | None, markdown: Path | None) -> None:
-    _write(json_file, outcome.document)
+    write(json_file, outcome.document)
     if markdown is not None:
         markdown.write_text(outcome.markdown)
     if not outcome.ok:
@@ -270,30 +204,30 @@ def check(
     from mnv4_ops import _native
 
     if _native.core is None:
-        raise _fail(f"check needs the native library, which is missing: {_native.reason}")
-    _device(device, tier=("cpu", tier), dtype=("cuda", dtype))
+        raise fail(f"check needs the native library, which is missing: {_native.reason}")
+    device_of(device, tier=("cpu", tier), dtype=("cuda", dtype))
     suite: Any
     if device == "cuda":
         from mnv4_ops import check_gpu as suite
         from mnv4_ops.ops import cuda
 
         if (reason := cuda.unavailable()) is not None:
-            raise _fail(f"--device cuda: {reason}")
-        chosen = _dtypes(dtype) or list(suite.DTYPES)
+            raise fail(f"--device cuda: {reason}")
+        chosen = dtypes_of(dtype) or list(suite.DTYPES)
     else:
         from mnv4_ops import check as suite
 
         available = _native.core.cpu_info()["tiers"]
-        chosen = _words(tier or []) or list(available)
+        chosen = words(tier or []) or list(available)
         for name in chosen:
             if name not in available:
-                raise _fail(f"--tier: expected one of {', '.join(available)} (what this CPU has), got {name!r}")
-    _check_writable("--json", json_file)
+                raise fail(f"--tier: expected one of {', '.join(available)} (what this CPU has), got {name!r}")
+    check_writable("--json", json_file)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mnv4_ops.check import worst
 
-    console = _console(json_file)
+    console = console_for(json_file)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("checking", total=None)
@@ -303,7 +237,7 @@ def check(
 
         results = suite.run(chosen, quick=quick, on_case=on_case)
     _print_check(console, worst(results), [r for r in results if not r.ok], len(results))
-    _write(json_file, {"schema": "mnv4-ops/check/1", "quick": quick, "results": [r.as_dict() for r in results]})
+    write(json_file, {"schema": "mnv4-ops/check/1", "quick": quick, "results": [r.as_dict() for r in results]})
     if not all(r.ok for r in results):
         raise typer.Exit(1)
 
@@ -358,23 +292,26 @@ def tune(
     from mnv4_ops.bench import inputs
     from mnv4_ops.bench.errors import BenchError
 
-    batches = _numbers("--batch", batch)
-    side = None if resolution is None else _number("--resolution", resolution, low=32, high=2048)
-    dtypes = _dtypes(dtype) or ["float16"]
-    console = _console(None)
+    batches = numbers("--batch", batch)
+    side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
+    dtypes = dtypes_of(dtype) or ["float16"]
+    console = console_for(None)
     try:
-        models = inputs.resolve_models(_words(model or ["all-conv"]))
+        models = inputs.resolve_models(words(model or ["all-conv"]))
         if not models:
-            raise _fail("--model: expected at least one model")
+            raise fail("--model: expected at least one model")
         with console.status("tuning") if console.is_terminal else contextlib.nullcontext():
             file, count = tuning.tune(
                 models, dtypes, batches, resolution=side, log=lambda line: console.print(line, markup=False)
             )
     except BenchError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     except RuntimeError as error:
-        raise _fail(f"tune: {error}") from None
+        raise fail(f"tune: {error}") from None
     console.print(f"{count} entries in {file}", markup=False)
+
+
+app.command()(cli_bench.roofline)
 
 
 def main() -> None:

@@ -7,5 +7,7 @@ blocks.py    one row per block
 isolate.py   a fresh process per cell
 report.py    tables, Markdown, JSON
 gpu*.py      on a GPU: gpu_run.py the plan, gpu.py one (model, dtype, batch), gpu_clock.py events, gpu_report.py
+layers.py    what a block is made of  roofline*.py  the paper's roofline; plots.py the figures
+ceilings.py  FMA peaks, bandwidths   published.py  accuracies of others (data/)
 peers/       what it is compared with, one file each
 """
