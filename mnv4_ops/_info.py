@@ -11,7 +11,19 @@ from typing import Any
 import mnv4_ops
 from mnv4_ops import _native
 
-PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "onnxruntime", "openvino", "executorch")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "triton",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "executorch",
+    "ai-edge-litert",
+    "ncnn",
+    "tensorrt",
+)
 
 
 def package_version(name: str) -> str | None:

@@ -100,6 +100,7 @@ def test_a_tiny_cell(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("skimage")
     monkeypatch.setattr(gpu, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "_left_out", lambda name, dtype: None)
     monkeypatch.setattr(gpu_clock, "captured", lambda run: run)
     monkeypatch.setattr(gpu_clock.interleave, "__kwdefaults__", {**gpu_clock.interleave.__kwdefaults__, "span": _wall})
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):

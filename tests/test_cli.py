@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from mnv4_ops import _native, check
 from mnv4_ops.bench import blocks, cell, gate, inputs, isolate, machine, report, timing
 from mnv4_ops.bench.errors import BenchError
-from mnv4_ops.bench.peers import ALL, PEERS, Unsupported, select
+from mnv4_ops.bench.peers import PEERS
 from mnv4_ops.cli import app
 from mnv4_ops.ops import cuda
-from mnv4_ops.spec import MODELS, ConvSpec, HeadSpec, UIBSpec, ledger
+from mnv4_ops.spec import MODELS, ledger
 
 runner = CliRunner()
 needs_native = pytest.mark.skipif(_native.core is None, reason=f"no native library: {_native.reason}")
@@ -292,45 +292,6 @@ def test_images_of_a_batch_differ() -> None:
     assert photos.is_contiguous()
     assert photos.dtype == torch.float32
     assert all((photos[i] - photos[j]).abs().max() > 0.1 for i in range(4) for j in range(i))
-
-
-def test_peers_are_chosen_by_name() -> None:
-    assert select("none") == []
-    assert select("all") == list(PEERS)
-    assert {peer.name for peer in select("torch")} == {p.name for p in PEERS if p.name.startswith("torch_")}
-    assert [peer.name for peer in select("xnnpack, openvino")] == ["xnnpack", "openvino"]
-    assert len({peer.name for peer in ALL}) == len(ALL)
-
-
-_PEER_SPECS = [
-    ConvSpec(3, 8, 3, 2, "relu6"),
-    UIBSpec(8, 24, 8, 5, 3, residual=True, layer_scale=True),
-    UIBSpec(8, 24, 16, 0, 5, stride=2, act="gelu"),
-    HeadSpec(16, 24, 32, 10),
-]
-
-
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "xnnpack", "torch_jit_cl"])
-@pytest.mark.parametrize("spec", _PEER_SPECS, ids=lambda spec: spec.kind)
-def test_a_peer_computes_the_same(name: str, spec: Any) -> None:
-    (peer,) = select(name)
-    if peer.available() is not None:
-        pytest.skip(str(peer.available()))
-    module = check.random_module(spec)
-    x = torch.randn(2, spec.channels[0], 12, 10)
-    with torch.inference_mode():
-        reference = module(x)
-        run = peer.prepare(module, x, 1)
-        for _ in range(2):
-            assert gate.compare(run(), reference).error < gate.TOLERANCE
-
-
-def test_xnnpack_refuses_what_it_cannot_lower() -> None:
-    (peer,) = select("xnnpack")
-    if peer.available() is not None:
-        pytest.skip(str(peer.available()))
-    with pytest.raises(Unsupported, match="Softplus"):
-        peer.prepare(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Softplus()), torch.randn(1, 3, 4, 4), 1)
 
 
 @needs_native

@@ -16,26 +16,19 @@ from typing import Any
 
 from mnv4_ops.bench import cell as cpu_cell
 from mnv4_ops.bench import gpu_clock, inputs, timing
+from mnv4_ops.bench import peers as registry
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.isolate import Notify
 
 OURS, OURS_GRAPHS = "mnv4_ops", "mnv4_ops_graphs"
 # name -> label; what is timed as a graph, and what as a call
-GRAPHS = {
-    "cudnn_graph": "cuDNN channels_last + CUDA graph",
-    "compile_graph": "torch.compile + CUDA graph",
-    OURS: "mnv4_ops + CUDA graph",
-}
-CALLS = {
-    "eager": "timm eager NCHW",
-    "eager_cl": "timm eager channels_last",
-    "compile": "torch.compile",
-    "reduce_overhead": "torch.compile reduce-overhead",
+GRAPHS = {peer.name: peer.label for peer in registry.GPU_PEERS if peer.captured} | {OURS: "mnv4_ops + CUDA graph"}
+CALLS = {peer.name: peer.label for peer in registry.GPU_PEERS if not peer.captured} | {
     OURS: "mnv4_ops.enable()",
     OURS_GRAPHS: "mnv4_ops.enable(cuda_graphs=True)",
 }
 DTYPES = ("float16", "bfloat16", "float32")
-PEERS = tuple(name for name in dict.fromkeys((*GRAPHS, *CALLS)) if not name.startswith(OURS))
+PEERS = tuple(peer.name for peer in registry.GPU_PEERS)
 # of the error that the 2x rule allows us; torch.compile keeps other intermediates in fp32 than eager does
 PEER_SLACK = 2.0
 _CHUNK = 16
@@ -107,25 +100,10 @@ class _Variants:
         self.torch, self.model, self.x = torch, model, x
         self.nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
         self.x_nhwc = x.to(memory_format=torch.channels_last)
-        self._compiled: Any = None
-
-    def _compile(self, mode: str | None) -> Callable[[], Any]:
-        # fullgraph: a graph break would make a slow peer, and with it a flattering comparison
-        model = copy.deepcopy(self.nhwc)
-        compiled = self.torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
-        return lambda: compiled(self.x_nhwc)
 
     def call(self, name: str) -> Callable[[], Any]:
-        if name == "eager":
-            return lambda: self.model(self.x)
-        if name == "eager_cl":
-            return lambda: self.nhwc(self.x_nhwc)
-        if name == "compile":
-            if self._compiled is None:
-                self._compiled = self._compile(None)
-            return self._compiled
-        if name == "reduce_overhead":
-            return self._compile("reduce-overhead")
+        if not name.startswith(OURS):
+            return registry.by_name(name).prepare(self.model, self.x, 1)
         import mnv4_ops
 
         model = copy.deepcopy(self.nhwc)
@@ -134,8 +112,7 @@ class _Variants:
 
     def graph(self, name: str) -> Callable[[], Any]:
         """The replay of a captured call; returns the graph's own output."""
-        run = self.call({"cudnn_graph": "eager_cl", "compile_graph": "compile"}.get(name, name))
-        return gpu_clock.captured(run)
+        return gpu_clock.captured(self.call(name))
 
 
 def _enable(switch: Callable[[], Any]) -> None:
@@ -250,6 +227,10 @@ def _prepare(
         ours = name.startswith(OURS)
         if not ours and name not in request.peers:
             continue
+        reason = None if ours else _left_out(name, request.dtype)
+        if reason is not None:
+            cell["unavailable"][f"{kind} {name}"] = reason
+            continue
         notify({"stage": "prepare", "peer": label})
         start = time.perf_counter()
         try:
@@ -273,6 +254,11 @@ def _prepare(
             cell["unavailable"][f"{kind} {name}"] = f"wrong answer: {facts['of_allowed']:.2f} of the allowed error"
             del cell[kind][name]
     return made["graphs"], made["calls"]
+
+
+def _left_out(name: str, dtype: str) -> str | None:
+    peer = registry.by_name(name)
+    return peer.available() or peer.refuses(dtype)
 
 
 def _synchronised(run: Callable[[], Any]) -> Callable[[], Any]:

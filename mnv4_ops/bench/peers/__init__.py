@@ -1,36 +1,47 @@
-"""What mnv4_ops is compared with. One file per peer; `ALL` is the order of the tables."""
+"""What mnv4_ops is compared with, one file per peer: every `Peer` with a name in this folder is found by itself.
+
+`PEERS` are those of the CPU in the order of the tables, `GPU_PEERS` those of an NVIDIA GPU, `OURS` is mnv4_ops on the
+CPU.
+"""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
 
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.peers.base import Peer, Unsupported
 from mnv4_ops.bench.peers.fused import Fused
-from mnv4_ops.bench.peers.onnx_runtime import OnnxRuntime
-from mnv4_ops.bench.peers.openvino import OpenVino
-from mnv4_ops.bench.peers.torch_compile import Compile, CompileChannelsLast, FreezeChannelsLast
-from mnv4_ops.bench.peers.torch_eager import Eager, EagerChannelsLast
-from mnv4_ops.bench.peers.torch_jit import JitChannelsLast
-from mnv4_ops.bench.peers.xnnpack import Xnnpack
 
-__all__ = ["ALL", "OURS", "PEERS", "Peer", "Unsupported", "select"]
+__all__ = ["ALL", "GPU_PEERS", "OURS", "PEERS", "Peer", "Unsupported", "by_name", "select"]
+
+
+def _found() -> Iterator[Peer]:
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("_") or module.name == "base":
+            continue
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            # a class is found where it is written, not where it is imported
+            own = isinstance(value, type) and value.__module__ == f"{__name__}.{module.name}"
+            if own and issubclass(value, Peer) and hasattr(value, "name"):
+                yield value()
+
 
 OURS = Fused()
-PEERS: tuple[Peer, ...] = (
-    Eager(),
-    EagerChannelsLast(),
-    Compile(),
-    CompileChannelsLast(),
-    JitChannelsLast(),
-    FreezeChannelsLast(),
-    OnnxRuntime(),
-    OpenVino(),
-    Xnnpack(),
-)
+_ALL = sorted(_found(), key=lambda peer: (peer.order, peer.name))
+PEERS: tuple[Peer, ...] = tuple(peer for peer in _ALL if peer.device == "cpu" and peer.name != OURS.name)
+GPU_PEERS: tuple[Peer, ...] = tuple(peer for peer in _ALL if peer.device == "cuda")
 ALL: tuple[Peer, ...] = (*PEERS, OURS)
 
 
+def by_name(name: str) -> Peer:
+    """The peer of the CPU or of a GPU with that name."""
+    return next(peer for peer in (*ALL, *GPU_PEERS) if peer.name == name)
+
+
 def select(text: str) -> list[Peer]:
-    """Peers for `all`, `none`, or a comma-separated list of names (`torch` stands for all of torch's)."""
+    """Peers of the CPU for `all`, `none`, or a comma-separated list of names (`torch` stands for all of torch's)."""
     if text == "none":
         return []
     if text == "all":

@@ -9,29 +9,47 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+Run = Callable[[], Any]
+CPU_DTYPES = ("float32", "bfloat16", "float16")
+GPU_DTYPES = ("float16", "bfloat16", "float32")
+
 
 class Unsupported(Exception):
     """This peer cannot run this model; the message says why."""
 
 
 class Peer:
-    """Something that runs a PyTorch module. A new one: a file in this folder with a subclass, and a line in
-    `peers.ALL`.
+    """Something that runs a PyTorch module. A new one is a new file in this folder with a subclass that has a `name`.
+
+    `device`: cpu or cuda. `dtypes`: what it computes in. `order`: place in the tables. `captured` (GPU): the call is
+    captured into a CUDA graph, whose replays are timed by the device; otherwise calls are, by the clock of the host.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
+    install: ClassVar[str] = ""
+    device: ClassVar[str] = "cpu"
+    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    order: ClassVar[int] = 100
+    captured: ClassVar[bool] = False
 
     def available(self) -> str | None:
         """None if it can be used here, otherwise the reason why not."""
         missing = [module for module in self.requires if importlib.util.find_spec(module) is None]
-        return f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})" if missing else None
+        if not missing:
+            return None
+        return f"not installed: {', '.join(missing)} ({self.install or 'pip install ' + ' '.join(missing)})"
 
-    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
-        """A callable that runs `model` on `example` (float32 [N, C, H, W], contiguous) with `threads` threads.
+    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
+        """A callable that runs `model` on `example` ([N, C, H, W], contiguous, on the peer's device, of the dtype to
+        compute in) with `threads` threads.
 
         Conversion of weights, and of the input into the layout that the peer likes best, happens here and is not
         timed. The callable returns the output as a tensor or array shaped like the model's own. Raises Unsupported.
         """
         raise NotImplementedError
+
+    def refuses(self, dtype: str) -> str | None:
+        """Why it cannot run in a dtype (`available` first), None if it can."""
+        return None if dtype in self.dtypes else f"no {dtype}: computes in {', '.join(self.dtypes)}"

@@ -15,6 +15,7 @@ from mnv4_ops.bench.peers.base import Peer
 class OnnxRuntime(Peer):
     name = "onnxruntime"
     label = "ONNX Runtime"
+    order = 50
     requires = ("onnxruntime", "onnx")
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:

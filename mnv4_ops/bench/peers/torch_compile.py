@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from mnv4_ops.bench.peers.base import Peer
+from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer
 
 
 class Compile(Peer):
     name = "torch_compile"
     label = "torch.compile"
+    dtypes = CPU_DTYPES
+    order = 20
     channels_last = False
     options: ClassVar[dict[str, Any] | None] = None
 
@@ -38,11 +40,13 @@ class Compile(Peer):
 class CompileChannelsLast(Compile):
     name = "torch_compile_cl"
     label = "torch.compile, channels_last"
+    order = 21
     channels_last = True
 
 
 class FreezeChannelsLast(Compile):
     name = "torch_freeze_cl"
     label = "torch.compile max-autotune + freezing, channels_last"
+    order = 40
     channels_last = True
     options: ClassVar[dict[str, Any] | None] = {"freezing": True, "max_autotune": True}

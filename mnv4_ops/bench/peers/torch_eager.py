@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mnv4_ops.bench.peers.base import Peer
+from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer
 
 
 class Eager(Peer):
@@ -16,6 +16,8 @@ class Eager(Peer):
 
     name = "torch_eager"
     label = "torch eager"
+    dtypes = CPU_DTYPES
+    order = 10
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
         torch.set_num_threads(threads)
@@ -25,6 +27,8 @@ class Eager(Peer):
 class EagerChannelsLast(Peer):
     name = "torch_eager_cl"
     label = "torch eager, channels_last"
+    dtypes = CPU_DTYPES
+    order = 11
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
         torch.set_num_threads(threads)

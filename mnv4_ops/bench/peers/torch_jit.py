@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from mnv4_ops.bench.peers.base import Peer
+from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer
 
 
 class JitChannelsLast(Peer):
     name = "torch_jit_cl"
     label = "torch.jit optimize_for_inference, channels_last"
+    dtypes = CPU_DTYPES
+    order = 30
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
         torch.set_num_threads(threads)

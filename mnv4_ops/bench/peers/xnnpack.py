@@ -274,6 +274,8 @@ class _Lowering:
 class Xnnpack(Peer):
     name = "xnnpack"
     label = "XNNPACK"
+    requires = ("executorch",)
+    order = 70
 
     def available(self) -> str | None:
         if _xnn.library_folder() is not None:

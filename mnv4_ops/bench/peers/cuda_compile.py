@@ -1,0 +1,55 @@
+"""torch.compile of the channels_last model on a GPU: captured, called, and with its own CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import ClassVar
+
+import torch
+
+from mnv4_ops.bench.peers.base import GPU_DTYPES, Peer, Run
+
+# one compilation of a model serves the call and the capture
+_compiled: weakref.WeakKeyDictionary[torch.nn.Module, dict[str | None, Run]] = weakref.WeakKeyDictionary()
+
+
+class CompileGraph(Peer):
+    """The best peer of whole models on the GPUs measured so far."""
+
+    name = "compile_graph"
+    label = "torch.compile + CUDA graph"
+    device = "cuda"
+    dtypes = GPU_DTYPES
+    captured = True
+    order = 12
+    mode: ClassVar[str | None] = None
+
+    def available(self) -> str | None:
+        return None if torch.cuda.is_available() else "torch sees no GPU"
+
+    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
+        known = _compiled.setdefault(model, {})
+        key = f"{self.mode} {tuple(example.shape)}"
+        if key not in known:
+            own = copy.deepcopy(model).to(memory_format=torch.channels_last)
+            x = example.to(memory_format=torch.channels_last)
+            # fullgraph: a graph break would make a slow peer, and with it a flattering comparison
+            compiled = torch.compile(own, fullgraph=True, dynamic=False, mode=self.mode)
+            known[key] = lambda: compiled(x)
+        return known[key]
+
+
+class CompileCall(CompileGraph):
+    name = "compile"
+    label = "torch.compile"
+    captured = False
+    order = 22
+
+
+class ReduceOverhead(CompileGraph):
+    name = "reduce_overhead"
+    label = "torch.compile reduce-overhead"
+    captured = False
+    order = 23
+    mode = "reduce-overhead"
