@@ -34,6 +34,7 @@ struct Vec256 {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
   static constexpr bool kScales = false;
+  static constexpr bool kLooksUp = false;
   static MNV4_INLINE reg floor(reg x) { return _mm256_floor_ps(x); }
   static MNV4_INLINE float reduce_max(reg x) {
     const __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -34,6 +34,12 @@ struct Vec512 {
   static constexpr bool kScales = true;
   static MNV4_INLINE reg fraction(reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static MNV4_INLINE reg scale(reg a, reg x) { return _mm512_scalef_ps(a, x); }
+  static MNV4_INLINE reg minus_abs(reg x) { return _mm512_or_ps(set(-0.0f), x); }
+  // entry of an aligned table of 16 by the last four bits of each index
+  static constexpr bool kLooksUp = true;
+  static MNV4_INLINE reg lookup(const float* table, reg index) {
+    return _mm512_permutexvar_ps(_mm512_castps_si512(index), _mm512_load_ps(table));
+  }
   static MNV4_INLINE float reduce_max(reg x) { return _mm512_reduce_max_ps(x); }
   static MNV4_INLINE float reduce_add(reg x) { return _mm512_reduce_add_ps(x); }
 };

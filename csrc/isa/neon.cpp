@@ -44,6 +44,7 @@ struct VecNeon {
   }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static constexpr bool kScales = false;
+  static constexpr bool kLooksUp = false;
   static MNV4_INLINE reg floor(reg x) { return vrndmq_f32(x); }
   static MNV4_INLINE float reduce_max(reg x) { return vmaxvq_f32(x); }
   static MNV4_INLINE float reduce_add(reg x) { return vaddvq_f32(x); }

@@ -44,6 +44,7 @@ struct Vec4 {
   }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return pick(a > b, yes, no); }
   static constexpr bool kScales = false;
+  static constexpr bool kLooksUp = false;
   static MNV4_INLINE reg floor(reg x) {
     const reg n = round(x);
     return pick(n > x, n - 1.0f, n);
