@@ -84,6 +84,7 @@ class Step:
     fallback: tuple[weakref.ref[nn.Module], ...] = ()
     method: str | None = None  # of the model itself
     emit: bool = False
+    ops: tuple[str, ...] = ()  # of the program
 
 
 @dataclass(eq=False)
@@ -195,7 +196,7 @@ def _steps(rec: Recorder, plan: Plan, recipe: Recipe, force: bool) -> Iterator[S
         nonlocal method
         if pending:
             program = pending[0].backend.program([(p.native, p.layout) for p in pending])
-            yield Step(program, None, tuple(covered), method, emit)
+            yield Step(program, None, tuple(covered), method, emit, tuple(p.layout.op for p in pending))
             pending.clear()
             covered.clear()
             method = None

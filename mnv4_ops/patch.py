@@ -6,20 +6,18 @@ forward, and `explain` says why; with MNV4_OPS_STRICT=1 it is an error where a k
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from mnv4_ops import _native, cache, graphs, serve, traced
+from mnv4_ops import _native, cache, graphs, imports, serve, traced
 from mnv4_ops.adapters import TARGETS, Target
 
 __all__ = ["Handle", "disable", "enable", "explain", "repack"]
@@ -163,11 +161,12 @@ def _apply() -> None:
         for target in TARGETS:
             if target.module in sys.modules:
                 _install(target)
-        if any(target not in _installed for target in TARGETS):
-            _hook_imports()
+            if target not in _installed:
+                imports.watch(target.module, _imported)
     else:
         _uninstall()
-        _unhook_imports()
+        for target in TARGETS:
+            imports.ignore(target.module, _imported)
     if before != (_switch.everything, frozenset(_switch.ids)):
         # what was trained meanwhile was not seen
         cache.trained()
@@ -249,48 +248,12 @@ def _wrap(target: Target, cls: type, original: Any) -> Any:
     return wrapper
 
 
-class _ImportHook(importlib.abc.MetaPathFinder):
-    """Patches the classes of a module as soon as it has been imported."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in {t.module for t in TARGETS}:
-            return None
-        for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec = None if find is None else find(name, path, target)
-            if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    self._extend(spec.loader, name)
-                return spec
-        return None
-
-    def _extend(self, loader: Any, name: str) -> None:
-        execute = loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            execute(module)
-            with _lock:
-                if _switch.on and _native.core is not None:
-                    for t in TARGETS:
-                        if t.module == name:
-                            _install(t)
-
-        loader.exec_module = exec_module
-
-
-_import_hook = _ImportHook()
-
-
-def _hook_imports() -> None:
-    if _import_hook not in sys.meta_path:
-        sys.meta_path.insert(0, _import_hook)
-
-
-def _unhook_imports() -> None:
-    if _import_hook in sys.meta_path:
-        sys.meta_path.remove(_import_hook)
+def _imported(module: types.ModuleType) -> None:
+    with _lock:
+        if _switch.on and _native.core is not None:
+            for target in TARGETS:
+                if target.module == module.__name__:
+                    _install(target)
 
 
 def _forget_compiled() -> None:

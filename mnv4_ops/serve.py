@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.autograd.profiler as _profiler
 from torch import Tensor, nn
 
 from mnv4_ops import cache, graphs, traced
@@ -187,6 +188,16 @@ def _checked(self: nn.Module, x: Tensor, name: str, describe: Any, grad: bool) -
     return plan, plan.mismatch(x)
 
 
+def _ranged(ops: Sequence[str], run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """While a profiler looks on: under the name of the op, or `mnv4::program` with the names of all."""
+    with _profiler.record_function(f"mnv4::{ops[0] if len(ops) == 1 else 'program'}", " ".join(ops)):
+        return run(x)
+
+
+def _ops(plan: cache.Plan) -> list[str]:
+    return [part.op for part in plan.recipe if isinstance(part, Part)]
+
+
 def _fits(x: Tensor, c_in: int) -> str | None:
     _, c, h, w = x.shape
     if (c == c_in or not c_in) and h and w:
@@ -218,7 +229,7 @@ def block(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]
                 if not (c == plan.c_in and h and w) or (plan.refuses is not None and plan.refuses(h, w)):
                     return original(self, x)
                 try:
-                    out = plan.run(x)
+                    out = _ranged(_ops(plan), plan.run, x) if _profiler._is_profiler_enabled else plan.run(x)
                 except NoFit as error:
                     reason = str(error)
                 else:
@@ -267,7 +278,7 @@ def model(target: Target, cls: type, original: Any) -> Callable[..., Any]:
                     elif graphed and not observed and graphs.wanted(self):
                         out = graphs.run(self, name, plan.program, x)
                     else:
-                        out = plan.run(x)
+                        out = _ranged(_ops(plan), plan.run, x) if _profiler._is_profiler_enabled else plan.run(x)
                 except NoFit as error:
                     reason = str(error)
                 else:
@@ -290,7 +301,8 @@ def _walk(self: Any, plan: cache.Plan, x: Any, pyramid: bool) -> Any:
                 and _fits(x, step.program.c_in) is None
                 and plan.mismatch(x) is None
             ):
-                x = step.program.run(x)
+                run = step.program.run
+                x = _ranged(step.ops, run, x) if _profiler._is_profiler_enabled else run(x)
             else:
                 for ref in step.fallback:
                     x = _alive(ref)(x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mnv4_ops import cache
 from mnv4_ops.adapters import Target
 from mnv4_ops.adapters.record import Part, Recipe, Recorder, Unsupported
-from mnv4_ops.ops import cpu, cuda
+from mnv4_ops.ops import cpu, cuda, flops
 from mnv4_ops.ops.backends import BY_DEVICE
 from mnv4_ops.ops.layout import DTYPES, LAYOUTS, Layout, empty_output
 from mnv4_ops.ops.program import recipe_of
@@ -97,6 +97,10 @@ def _module(x: Tensor, module: str) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last) if out.dim() == 4 else out
 
 
+def _module_flops(x: Tensor, module: str, out_val: Any = None) -> int:
+    return flops.count(_entry(module)[0].layouts, x.shape[0], *x.shape[2:])
+
+
 def _module_fake(x: Tensor, module: str) -> Tensor:
     for layout in _entry(module)[0].layouts:
         x = empty_output(layout, x)
@@ -107,6 +111,7 @@ _library = torch.library.Library("mnv4", "FRAGMENT")
 _library.define("module(Tensor x, str module) -> Tensor", tags=(torch.Tag.flexible_layout,))
 _library.impl("module", _module, "CPU")
 torch.library.register_fake("mnv4::module", _module_fake, lib=_library)
+flops.register({"module": _module_flops})
 
 
 def _compiled_by_itself(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mnv4_ops import cache
 from mnv4_ops._experimental import experimental
 
-from . import attention, program
+from . import attention, flops, program
 from .backends import BY_DEVICE
 from .layout import LAYOUTS, Layout, check_input, check_size, empty_output, name_of
 
@@ -114,3 +114,5 @@ for _key, _device in BACKENDS.items():
     _library.impl("program", program.kernel(_device), _key)
 torch.library.register_fake("mnv4::program", program.fake, lib=_library)
 torch.library.register_autograd("mnv4::program", _no_backward("program"), lib=_library)
+
+flops.register(flops.FORMULAS)

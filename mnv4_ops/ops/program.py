@@ -102,6 +102,11 @@ def _pieces(x: Tensor, params: Sequence[Tensor], eps: Sequence[float], recipe: s
     return pieces
 
 
+def layouts(x: Tensor, params: Sequence[Tensor], eps: Sequence[float], recipe: str) -> list[Layout]:
+    """The ops of a call, checked."""
+    return [piece.layout for piece in _pieces(x, params, eps, recipe)]
+
+
 class _Kept:
     """A program with the versions and statistics of its parameters when they were checked and packed."""
 
@@ -134,7 +139,7 @@ _lock = threading.Lock()
 
 def fake(x: Tensor, params: list[Tensor], eps: list[float], recipe: str) -> Tensor:
     shape = x
-    for layout, _, _ in _pieces(x, params, eps, recipe):
+    for layout in layouts(x, params, eps, recipe):
         shape = empty_output(layout, shape)
     return shape
 
