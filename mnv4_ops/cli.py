@@ -127,6 +127,12 @@ def bench(
     blocks: Annotated[
         bool, typer.Option("--blocks", help="One row per block of the model instead of whole models (CPU).")
     ] = False,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Single ops of the models instead: all, pointwise, depthwise, extra_dw ...; commas or repeated."
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Annotated[
         list[str] | None, typer.Option(help="On a GPU: float16 (the default), bfloat16, float32; commas or repeated.")
@@ -140,16 +146,35 @@ def bench(
     process that is pinned to as many CPUs as threads. On a GPU: CUDA graphs by the clock of the device, and calls by
     that of the host.
     """
-    from mnv4_ops.bench import gpu_run, inputs, machine, run
+    from mnv4_ops.bench import gpu_run, inputs, machine, op_run, run
     from mnv4_ops.bench.errors import BenchError
 
     check_writable("--json", json_file)
     check_writable("--markdown", markdown)
-    device_of(device, threads=("cpu", threads), blocks=("cpu", blocks), dtype=("cuda", dtype))
+    only_gpu = {} if ops else {"dtype": ("cuda", dtype)}
+    device_of(device, threads=("cpu", threads), blocks=("cpu", blocks), **only_gpu)
+    if ops and blocks:
+        raise fail("--ops: does not go with --blocks")
     side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
     rounds = number("--repeats", repeats, low=1, high=10000)
     limit = number("--seconds", seconds, low=1, high=86400)
     try:
+        if ops:
+            op_plan = op_run.OpsPlan(
+                models=words(model),
+                ops=words(ops),
+                batches=numbers("--batch", batch),
+                threads=numbers("--threads", threads or [str(len(machine.available_cpus()))]),
+                dtypes=dtypes_of(dtype) or ["float32" if device == "cpu" else "float16"],
+                device=device,
+                peers=peers,
+                resolution=side,
+                repeats=rounds,
+                seconds=limit,
+            )
+            op_plan.validate()
+            _finish_bench(op_run.run(op_plan, console_for(json_file)), json_file, markdown)
+            return
         if device == "cuda":
             gpu_plan = gpu_run.GpuPlan(
                 models=inputs.resolve_models(words(model)),

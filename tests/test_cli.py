@@ -297,9 +297,9 @@ def test_images_of_a_batch_differ() -> None:
 @needs_native
 def test_blocks_table() -> None:
     units = blocks.units("mobilenetv4_conv_small")
-    assert units[0].names == ("stem",)
-    assert units[-1].names == ("head",)
-    counted = sum(len(u.names) * u.spec.macs(u.height, u.width) for u in units)
+    assert units[0].places == ("stem",)
+    assert units[-1].places == ("head",)
+    counted = sum(len(u.places) * u.spec.macs(u.height, u.width) for u in units)
     assert counted == sum(entry.macs for entry in ledger("conv_small"))
     request = blocks.BlocksRequest("mobilenetv4_conv_small", 1, 1, peers=("torch_eager_cl",))
     small = dataclasses.replace(units[6], height=7, width=5)

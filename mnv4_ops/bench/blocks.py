@@ -4,21 +4,23 @@ FMA peak.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from mnv4_ops import _native, check
-from mnv4_ops.bench import gate, inputs, machine, report, timing
+from mnv4_ops.bench import inputs, machine, report, timing
+from mnv4_ops.bench import rows as op_rows
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.isolate import Notify
+from mnv4_ops.bench.ops import Case, Op
+from mnv4_ops.bench.ops.blocks import shape
+from mnv4_ops.bench.peers.base import Run
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec, head_spec, ledger
 
 SCHEMA = "mnv4-ops/blocks/1"
-OURS = "mnv4_ops"
+OURS = op_rows.OURS
 DEFAULT_PEERS = ("torch_eager_cl", "onnxruntime", "openvino", "xnnpack")
 
 
@@ -35,18 +37,20 @@ class BlocksRequest:
     seconds: float = 4.0  # per block
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A distinct spec at one input size, and the ledger rows that have it."""
+class _Row(Op):
+    """A row of the ledger as it is; no op of its own."""
 
-    names: tuple[str, ...]
-    spec: Spec
-    height: int
-    width: int
+    def shape(self, spec: Any) -> str:
+        return shape(spec)
 
 
-def units(model: str, resolution: int | None = None) -> list[Unit]:
-    """Distinct native blocks of a model in order of execution; everything from the last 1x1 on is one unit, `head`."""
+ROW = _Row()
+
+
+def units(model: str, resolution: int | None = None) -> list[Case]:
+    """Distinct native blocks of a model in order of execution, `places` the rows that have each; everything from the
+    last 1x1 on is one unit, `head`.
+    """
     name = inputs.ledger_name(model)
     rows: dict[tuple[Spec, int, int], list[str]] = {}
     for entry in ledger(name, resolution):
@@ -57,59 +61,12 @@ def units(model: str, resolution: int | None = None) -> list[Unit]:
             spec, row = head_spec(name), "head"
         if isinstance(spec, (ConvSpec, FusedIBSpec, MQASpec, UIBSpec, HeadSpec)):
             rows.setdefault((spec, entry.height, entry.width), []).append(row)
-    return [Unit(tuple(names), spec, h, w) for (spec, h, w), names in rows.items()]
+    return [Case("block", spec, h, w, shape(spec), tuple(names)) for (spec, h, w), names in rows.items()]
 
 
-def ours(module: Any, spec: Spec, x: torch.Tensor, threads: int) -> Callable[[], torch.Tensor]:
-    """Runs the native block of `module` (see check.random_module) on x; the output buffer is reused."""
-    params = module.params()
-    native = check.native_block(spec, params)
-    n, _, h, w = x.shape
-    if isinstance(spec, HeadSpec):
-        out = torch.empty(n, spec.features)
-    else:
-        ho, wo = spec.out_hw(h, w)
-        out = torch.empty(n, ho, wo, spec.channels[1]).permute(0, 3, 1, 2)
-    arguments = (x.data_ptr(), n, h, w, tuple(x.stride()), out.data_ptr(), threads)
-
-    def run(_keep: Any = (x, params)) -> torch.Tensor:
-        native.run(*arguments)
-        return out
-
-    return run
-
-
-def variants(unit: Unit, request: BlocksRequest) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def variants(unit: Case, request: BlocksRequest) -> tuple[dict[str, Run], dict[str, str]]:
     """Runnable variants of a unit that passed the gate, and the reason of each that is left out."""
-    from mnv4_ops.bench import peers as registry
-
-    module = check.random_module(unit.spec)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(request.batch, unit.spec.channels[0], unit.height, unit.width, generator=generator)
-    reference = module(x)
-    runs: dict[str, Callable[[], Any]] = {}
-    left_out: dict[str, str] = {}
-    if _native.core is None:
-        left_out[OURS] = f"no native library: {_native.reason}"
-    else:
-        runs[OURS] = ours(module, unit.spec, x.contiguous(memory_format=torch.channels_last), request.threads)
-    for peer in registry.PEERS:
-        if peer.name not in request.peers:
-            continue
-        reason = peer.available()
-        if reason is None:
-            try:
-                runs[peer.name] = peer.prepare(module, x, request.threads)
-            except Exception as error:  # a peer's failure is a row of the table
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if reason is not None:
-            left_out[peer.name] = reason
-    for name in list(runs):
-        agreement = gate.compare(runs[name](), reference)
-        # random inputs of one block decide no class
-        if not agreement.error <= agreement.tolerance:
-            del runs[name]
-            left_out[name] = f"wrong answer: max|d|/max|ref| {agreement.error:.1e}"
+    runs, left_out, _ = op_rows.prepare(ROW, unit, op_rows.Setting(request.batch, request.threads), request.peers)
     return runs, left_out
 
 
@@ -123,16 +80,16 @@ def measure_blocks(request: BlocksRequest, notify: Notify) -> dict[str, Any]:
     peaks = [machine.fma_peak(request.threads)]
     with torch.inference_mode():
         for index, unit in enumerate(todo):
-            notify({"stage": "block", "name": unit.names[0], "done": index, "total": len(todo)})
+            notify({"stage": "block", "name": unit.places[0], "done": index, "total": len(todo)})
             runs, left_out = variants(unit, request)
             stats = timing.interleave(runs, repeats=request.repeats, seconds=request.seconds)
             rows.append(
                 {
-                    "names": list(unit.names),
+                    "names": list(unit.places),
                     "kind": unit.spec.kind,
                     "input": [request.batch, unit.spec.channels[0], unit.height, unit.width],
                     "macs": unit.spec.macs(unit.height, unit.width) * request.batch,
-                    "shape": _shape(unit.spec),
+                    "shape": unit.shape,
                     "variants": {name: values.as_dict() for name, values in stats.items()},
                     "unavailable": left_out,
                 }
@@ -151,24 +108,6 @@ def measure_blocks(request: BlocksRequest, notify: Notify) -> dict[str, Any]:
         "peak_gflops": peak,
         "blocks": rows,
     }
-
-
-def _shape(spec: Spec) -> str:
-    """Channels and kernels in short: `96-384-96 k3,5 s2`."""
-    if isinstance(spec, UIBSpec):
-        kernels = ",".join(str(k) for k in (spec.start_kernel, spec.mid_kernel) if k)
-        text = f"{spec.c_in}-{spec.c_mid}-{spec.c_out}" + (f" k{kernels}" if kernels else "")
-        return text + (" s2" if spec.stride == 2 else "")
-    if isinstance(spec, FusedIBSpec):
-        return f"{spec.c_in}-{spec.c_mid}-{spec.c_out} k{spec.kernel}" + (" s2" if spec.stride == 2 else "")
-    if isinstance(spec, ConvSpec):
-        return f"{spec.c_in}-{spec.c_out} k{spec.kernel}" + (" s2" if spec.stride == 2 else "")
-    if isinstance(spec, MQASpec):
-        dims = f"{spec.key_dim}" if spec.key_dim == spec.value_dim else f"{spec.key_dim},{spec.value_dim}"
-        return f"{spec.c} h{spec.heads} d{dims}" + (" kv s2" if spec.kv_stride == 2 else "")
-    if isinstance(spec, HeadSpec):
-        return f"{spec.c_in}-{spec.c_feat}-{spec.c_hidden}-{spec.classes}"
-    return spec.kind
 
 
 def rows_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:

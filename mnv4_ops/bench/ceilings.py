@@ -138,3 +138,32 @@ def measure(threads: int = 1, *, precisions: tuple[str, ...] = ("bfloat16", "flo
     peaks = {"float32": machine.fma_peak(threads) or matmul_peak("float32", threads)}
     peaks |= {dtype: matmul_peak(dtype, threads) for dtype in precisions}
     return Ceilings(threads, {name: peak for name, peak in peaks.items() if peak}, bandwidth, capacity)
+
+
+def measure_gpu(dtypes: tuple[str, ...], side: int = 8192, size: int = 2**30) -> Ceilings:
+    """Rates of the current GPU by the clock of the device: torch's matrix product of `side` squared per dtype, and a
+    copy of `size` bytes (device memory; the L2 is not told apart).
+    """
+    import torch
+
+    from mnv4_ops.bench import gpu_clock
+
+    device = torch.device("cuda")
+    peaks = {}
+    for dtype in dtypes:
+        a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
+        out = torch.empty_like(a)
+        run = _bind(torch.mm, a, a, out=out)
+        gpu_clock.span(run, 2)
+        peaks[dtype] = 2 * side**3 / min(gpu_clock.span(run, 5) for _ in range(5)) / 1e9
+    source = torch.empty(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = _bind(target.copy_, source)
+    gpu_clock.span(copy, 2)
+    rate = 2 * size / min(gpu_clock.span(copy, 5) for _ in range(5)) / 1e9
+    levels = dict.fromkeys(LEVELS, rate)
+    return Ceilings(1, peaks, levels, dict.fromkeys(LEVELS[:-1], 0))
+
+
+def _bind(function: Any, *args: Any, **options: Any) -> Any:
+    return lambda: function(*args, **options)

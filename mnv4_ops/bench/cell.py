@@ -87,7 +87,7 @@ def measure_cell(request: CellRequest, notify: Notify) -> dict[str, Any]:
         # ours first: enabling resets torch's compiler where something was compiled before
         for peer in (registry.OURS, eager, *(p for p in chosen if p.name != eager.name)):
             notify({"stage": "prepare", "peer": peer.label})
-            reason, run, facts = _prepare(peer, model, example, request.threads, reference)
+            reason, run, facts = prepare(peer, model, example, request.threads, reference)
             if run is not None:
                 runs[peer.name] = run
                 cell["variants"][peer.name] = {"label": peer.label, **facts}
@@ -119,7 +119,7 @@ def measure_cell(request: CellRequest, notify: Notify) -> dict[str, Any]:
     return _derive(cell)
 
 
-def _prepare(
+def prepare(
     peer: Any, model: Any, example: Any, threads: int, reference: Any
 ) -> tuple[str | None, Callable[[], Any] | None, dict[str, Any]]:
     """(reason, run, facts): reason and run are exclusive; facts are there once an output was seen."""

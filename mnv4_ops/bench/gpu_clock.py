@@ -40,7 +40,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _span(run: Callable[[], Any], count: int) -> float:
+def span(run: Callable[[], Any], count: int) -> float:
     """Seconds of one of `count` runs in a row, by the clock of the device."""
     import torch
 
@@ -53,6 +53,21 @@ def _span(run: Callable[[], Any], count: int) -> float:
     return start.elapsed_time(end) / 1e3 / count
 
 
+_FLUSH_BYTES = 256 * 2**20
+
+
+def cold_span(run: Callable[[], Any], count: int) -> float:
+    """As `span`, but before each run the L2 is filled with something else, outside of the clock."""
+    import torch
+
+    other = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    total = 0.0
+    for _ in range(count):
+        other.zero_()
+        total += span(run, 1)
+    return total / count
+
+
 def interleave(
     variants: Mapping[str, Callable[[], Any]],
     *,
@@ -60,7 +75,7 @@ def interleave(
     seconds: float = 20.0,
     seed: int = 0,
     on_round: Callable[[int, int], None] | None = None,
-    span: Callable[[Callable[[], Any], int], float] = _span,
+    span: Callable[[Callable[[], Any], int], float] = span,
 ) -> dict[str, Stats]:
     """Times every variant `rounds` rounds in a new random order each; stops early (but not before three rounds) once
     `seconds` have passed. One turn: one warm-up run, then five spans of about 2 ms each. `span` is the clock.

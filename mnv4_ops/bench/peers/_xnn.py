@@ -101,16 +101,16 @@ def _padded(array: np.ndarray) -> np.ndarray:
 
 
 class Subgraph:
-    """An XNNPACK graph with one input (external value 0) and one output (external value 1). Values are ids with a
-    shape.
+    """An XNNPACK graph with inputs (external values 0, 2, 3, ...) and one output (external value 1). Values are ids
+    with a shape.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 1) -> None:
         self.library, _ = _load()
         self.handle = _PTR()
         self.shapes: dict[int, Shape] = {}
         self._arrays: list[np.ndarray] = []
-        _check(self.library.xnn_create_subgraph(2, 0, C.byref(self.handle)), "xnn_create_subgraph")
+        _check(self.library.xnn_create_subgraph(1 + inputs, 0, C.byref(self.handle)), "xnn_create_subgraph")
         weakref.finalize(self, self.library.xnn_delete_subgraph, self.handle)
 
     def _value(self, shape: Shape, data: np.ndarray | None = None, external: int = _NO_VALUE, flags: int = 0) -> int:
@@ -128,8 +128,8 @@ class Subgraph:
         self.shapes[value.value] = tuple(shape)
         return value.value
 
-    def input(self, shape: Shape) -> int:
-        return self._value(shape, external=0, flags=_EXTERNAL_INPUT)
+    def input(self, shape: Shape, index: int = 0) -> int:
+        return self._value(shape, external=index + 1 if index else 0, flags=_EXTERNAL_INPUT)
 
     def _result(self, shape: Shape, last: bool) -> int:
         return self._value(shape, external=1, flags=_EXTERNAL_OUTPUT) if last else self._value(shape)
@@ -187,10 +187,10 @@ class Subgraph:
     def add_constant(self, a: int, constant: np.ndarray) -> int:
         return self._binary(_ADD, a, self._constant(constant))
 
-    def matmul(self, a: int, b: int, *, transpose_b: bool = False) -> int:
+    def matmul(self, a: int, b: int, *, transpose_b: bool = False, last: bool = False) -> int:
         """[n, m, k] x [n, k, l] (or [n, l, k]) -> [n, m, l]."""
         n, m, _ = self.shapes[a]
-        y = self._result((n, m, self.shapes[b][1 if transpose_b else 2]), False)
+        y = self._result((n, m, self.shapes[b][1 if transpose_b else 2]), last)
         flags = _TRANSPOSE_B if transpose_b else 0
         _check(self.library.xnn_define_batch_matrix_multiply(self.handle, a, b, y, flags), "batch_matrix_multiply")
         return y
@@ -231,13 +231,13 @@ class Subgraph:
 
 
 class Runtime:
-    """A subgraph made ready: `invoke()` computes `output` from `input` (numpy arrays, NHWC, read and written in
+    """A subgraph made ready: `invoke()` computes `output` from `inputs` (numpy arrays, NHWC, read and written in
     place).
     """
 
-    def __init__(self, graph: Subgraph, x: np.ndarray, output_shape: Shape, threads: int) -> None:
+    def __init__(self, graph: Subgraph, inputs: list[np.ndarray], output_shape: Shape, threads: int) -> None:
         self.graph = graph
-        self.input, self.output = _padded(x), _padded(np.zeros(output_shape, np.float32))
+        self.inputs, self.output = [_padded(x) for x in inputs], _padded(np.zeros(output_shape, np.float32))
         library = graph.library
         self._handle = _PTR()
         _check(
@@ -246,8 +246,9 @@ class Runtime:
         )
         weakref.finalize(self, library.xnn_delete_runtime, self._handle)
         _check(library.xnn_reshape_runtime(self._handle), "xnn_reshape_runtime")
-        external = (_External * 2)(_External(0, self.input.ctypes.data), _External(1, self.output.ctypes.data))
-        _check(library.xnn_setup_runtime_v2(self._handle, 2, external), "xnn_setup_runtime_v2")
+        arrays = [self.inputs[0], self.output, *self.inputs[1:]]
+        external = (_External * len(arrays))(*(_External(i, array.ctypes.data) for i, array in enumerate(arrays)))
+        _check(library.xnn_setup_runtime_v2(self._handle, len(arrays), external), "xnn_setup_runtime_v2")
         self._invoke = library.xnn_invoke_runtime
 
     def invoke(self) -> None:

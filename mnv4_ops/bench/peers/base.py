@@ -14,6 +14,11 @@ CPU_DTYPES = ("float32", "bfloat16", "float16")
 GPU_DTYPES = ("float16", "bfloat16", "float32")
 
 
+def arguments_of(example: Any) -> tuple[torch.Tensor, ...]:
+    """The inputs of a module whose example is one tensor or several."""
+    return example if isinstance(example, tuple) else (example,)
+
+
 class Unsupported(Exception):
     """This peer cannot run this model; the message says why."""
 
@@ -23,6 +28,7 @@ class Peer:
 
     `device`: cpu or cuda. `dtypes`: what it computes in. `order`: place in the tables. `captured` (GPU): the call is
     captured into a CUDA graph, whose replays are timed by the device; otherwise calls are, by the clock of the host.
+    `several_inputs`: it also takes a module of several tensors, `example` being a tuple then.
     """
 
     name: ClassVar[str]
@@ -33,6 +39,7 @@ class Peer:
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     order: ClassVar[int] = 100
     captured: ClassVar[bool] = False
+    several_inputs: ClassVar[bool] = False
 
     def available(self) -> str | None:
         """None if it can be used here, otherwise the reason why not."""
@@ -41,7 +48,7 @@ class Peer:
             return None
         return f"not installed: {', '.join(missing)} ({self.install or 'pip install ' + ' '.join(missing)})"
 
-    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
+    def prepare(self, model: torch.nn.Module, example: Any, threads: int) -> Run:
         """A callable that runs `model` on `example` ([N, C, H, W], contiguous, on the peer's device, of the dtype to
         compute in) with `threads` threads.
 

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from mnv4_ops.bench.peers import _onnx
-from mnv4_ops.bench.peers.base import Peer
+from mnv4_ops.bench.peers.base import Peer, arguments_of
 
 
 class OnnxRuntime(Peer):
     name = "onnxruntime"
     label = "ONNX Runtime"
     order = 50
+    several_inputs = True
     requires = ("onnxruntime", "onnx")
 
-    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
+    def prepare(self, model: torch.nn.Module, example: Any, threads: int) -> Callable[[], Any]:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -31,13 +32,14 @@ class OnnxRuntime(Peer):
         options.log_severity_level = 3
         session = ort.InferenceSession(_onnx.export(model, example), options, providers=["CPUExecutionProvider"])
         # bound once, so that a call neither allocates nor copies
-        source = example.numpy()
-        target = np.empty(session.run(None, {"x": source})[0].shape, np.float32)
+        sources = dict(zip(_onnx.input_names(example), (x.numpy() for x in arguments_of(example)), strict=True))
+        target = np.empty(session.run(None, sources)[0].shape, np.float32)
         binding = session.io_binding()
-        binding.bind_input("x", "cpu", 0, np.float32, source.shape, source.ctypes.data)
+        for name, source in sources.items():
+            binding.bind_input(name, "cpu", 0, np.float32, source.shape, source.ctypes.data)
         binding.bind_output("y", "cpu", 0, np.float32, target.shape, target.ctypes.data)
 
-        def run(_keep: Any = (example, source)) -> Any:
+        def run(_keep: Any = (example, sources)) -> Any:
             session.run_with_iobinding(binding)
             return target
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mnv4_ops.bench.peers import _onnx
-from mnv4_ops.bench.peers.base import Peer
+from mnv4_ops.bench.peers.base import Peer, arguments_of
 
 
 class OpenVino(Peer):
@@ -18,16 +18,18 @@ class OpenVino(Peer):
     label = "OpenVINO"
     dtypes = ("float32", "bfloat16")
     order = 60
+    several_inputs = True
     requires = ("openvino", "onnx")
 
-    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
+    def prepare(self, model: torch.nn.Module, example: Any, threads: int) -> Callable[[], Any]:
         import openvino as ov
 
         core = ov.Core()
-        half = example.dtype is torch.bfloat16
+        inputs = tuple(x.float() for x in arguments_of(example))
+        half = arguments_of(example)[0].dtype is torch.bfloat16
         # the network stays fp32 and computes in bf16: the same weights, input and output as everyone else's
         single = copy.deepcopy(model).float() if half else model
-        network = core.read_model(io.BytesIO(_onnx.export(single, example.float())))
+        network = core.read_model(io.BytesIO(_onnx.export(single, inputs)))
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
@@ -36,10 +38,11 @@ class OpenVino(Peer):
             "ENABLE_CPU_PINNING": False,
         }
         request = core.compile_model(network, "CPU", settings).create_infer_request()
-        array = example.float().numpy()
-        request.set_input_tensor(ov.Tensor(array, shared_memory=True))
+        arrays = [x.numpy() for x in inputs]
+        for index, array in enumerate(arrays):
+            request.set_input_tensor(index, ov.Tensor(array, shared_memory=True))
 
-        def run(_keep: Any = array) -> Any:
+        def run(_keep: Any = arrays) -> Any:
             request.infer()
             return request.get_output_tensor().data
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer
+from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer, arguments_of
 
 
 class Compile(Peer):
@@ -18,20 +18,22 @@ class Compile(Peer):
     label = "torch.compile"
     dtypes = CPU_DTYPES
     order = 20
+    several_inputs = True
     channels_last = False
     options: ClassVar[dict[str, Any] | None] = None
 
-    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
+    def prepare(self, model: torch.nn.Module, example: Any, threads: int) -> Callable[[], Any]:
         torch.set_num_threads(threads)
         model = copy.deepcopy(model)
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
             example = example.to(memory_format=torch.channels_last)
+        inputs = arguments_of(example)
         # fullgraph: a graph break would make a slow peer, and with it a flattering comparison
         compiled = torch.compile(model, fullgraph=True, dynamic=False, options=self.options)
 
         def run() -> Any:
-            return compiled(example)
+            return compiled(*inputs)
 
         run()
         return run
@@ -41,6 +43,7 @@ class CompileChannelsLast(Compile):
     name = "torch_compile_cl"
     label = "torch.compile, channels_last"
     order = 21
+    several_inputs = False
     channels_last = True
 
 
@@ -48,5 +51,6 @@ class FreezeChannelsLast(Compile):
     name = "torch_freeze_cl"
     label = "torch.compile max-autotune + freezing, channels_last"
     order = 40
+    several_inputs = False
     channels_last = True
     options: ClassVar[dict[str, Any] | None] = {"freezing": True, "max_autotune": True}

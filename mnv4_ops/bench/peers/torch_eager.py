@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer
+from mnv4_ops.bench.peers.base import CPU_DTYPES, Peer, arguments_of
 
 
 class Eager(Peer):
@@ -18,10 +18,12 @@ class Eager(Peer):
     label = "torch eager"
     dtypes = CPU_DTYPES
     order = 10
+    several_inputs = True
 
-    def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
+    def prepare(self, model: torch.nn.Module, example: Any, threads: int) -> Callable[[], Any]:
         torch.set_num_threads(threads)
-        return lambda: model(example)
+        inputs = arguments_of(example)
+        return lambda: model(*inputs)
 
 
 class EagerChannelsLast(Peer):

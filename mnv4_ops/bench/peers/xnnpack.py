@@ -271,22 +271,48 @@ class _Lowering:
             self.values[covered] = y
 
 
+def _multi_query(model: nn.Module, example: tuple[torch.Tensor, ...], threads: int) -> Callable[[], Any]:
+    """Attention with one key and one value head: the query heads are rows of one product."""
+    if type(model).__name__ != "MultiQuery":
+        raise Unsupported(f"{type(model).__name__} of {len(example)} inputs is not lowered to XNNPACK")
+    q, k, v = example
+    n, heads, queries, dim = q.shape
+    graph = _xnn.Subgraph(inputs=3)
+    rows = (n, heads * queries, dim)
+    value_of = [graph.input(shape, i) for i, shape in enumerate((rows, (n, *k.shape[2:]), (n, *v.shape[2:])))]
+    scaled = graph.multiply(value_of[0], np.full(1, dim**-0.5, np.float32))
+    weights = graph.softmax(graph.matmul(scaled, value_of[1], transpose_b=True))
+    out = graph.shapes[graph.matmul(weights, value_of[2], last=True)]
+    arrays = [q.reshape(rows).numpy(), k[:, 0].numpy(), v[:, 0].numpy()]
+    runtime = _xnn.Runtime(graph, arrays, out, threads)
+    result = runtime.output.reshape(n, heads, queries, -1)
+
+    def run() -> Any:
+        runtime.invoke()
+        return result
+
+    return run
+
+
 class Xnnpack(Peer):
     name = "xnnpack"
     label = "XNNPACK"
     requires = ("executorch",)
     order = 70
+    several_inputs = True
 
     def available(self) -> str | None:
         if _xnn.library_folder() is not None:
             return None
         return "no XNNPACK library: pip install --no-deps executorch (Linux and macOS wheels carry it)"
 
-    def prepare(self, model: nn.Module, example: torch.Tensor, threads: int) -> Callable[[], Any]:
+    def prepare(self, model: nn.Module, example: Any, threads: int) -> Callable[[], Any]:
+        if isinstance(example, tuple):
+            return _multi_query(model, example, threads)
         lowering = _Lowering(model, example)
         output = lowering.run()
         shape = lowering.graph.shapes[output]
-        runtime = _xnn.Runtime(lowering.graph, example.permute(0, 2, 3, 1).numpy(), shape, threads)
+        runtime = _xnn.Runtime(lowering.graph, [example.permute(0, 2, 3, 1).numpy()], shape, threads)
         # a view: the caller gets NCHW order without a copy
         result = runtime.output.transpose(0, 3, 1, 2) if len(shape) == 4 else runtime.output
         invoke = runtime.invoke
