@@ -102,7 +102,7 @@ def test_bytes_are_input_weights_and_output() -> None:
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
 def test_ours_is_right_in_every_op(op: ops.Op) -> None:
     threads = torch.get_num_threads()
-    cases = op.cases(["conv_small", "hybrid_large"])
+    cases = op.cases(["conv_small", "conv_medium", "hybrid_large"])
     # the first and the last: relu and gelu, and stride 2 among them
     for batch, case in ((3, cases[0]), (1, cases[-1])):
         with torch.inference_mode():
