@@ -94,6 +94,7 @@ class Plan:
     guard: Any
     describe: Callable[[Recorder], Part | Recipe]
     reason: str | None = None
+    hooked: bool = False  # there were hooks when the reason was found
     run: Callable[[Tensor], Tensor] | None = None  # all of it: a block, or a model that is one program
     steps: list[Step] = field(default_factory=list)  # of a model
     recipe: list[Part | Call] = field(default_factory=list)

@@ -22,7 +22,7 @@ from mnv4_ops.ops.cuda import NoFit, capturing
 
 STRICT_VARIABLE = "MNV4_OPS_STRICT"
 _local = threading.local()
-_STALE, _STRUCTURE, _TRAINING = 1, 2, 3
+_STALE, _STRUCTURE, _TRAINING, _HOOKS = 1, 2, 3, 4
 _WORDS = {
     3: "a module is in training mode ({where})",
     4: "there are {where}",
@@ -179,7 +179,12 @@ def _checked(self: nn.Module, x: Tensor, name: str, describe: Any, grad: bool) -
         if code in (_STALE, _STRUCTURE):
             return None, f"{plan.guard.where()} changes while it is being packed"
     assert plan is not None
+    if plan.reason is not None and plan.hooked and code != _HOOKS and not capturing(x):
+        # what a hook had put in the place of a parameter (pruning, the older weight norm) is gone
+        plan = cache.renew(self, name, describe, force=True)
+        code = plan.guard.check(self, grad)
     if plan.reason is not None:
+        plan.hooked = code == _HOOKS
         return plan, plan.reason
     if code != 0:
         if code == _TRAINING:

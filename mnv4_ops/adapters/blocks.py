@@ -209,7 +209,7 @@ def _classifier(rec: Recorder, linears: tuple[type, ...]) -> Stage | None:
     if kind is nn.Identity:
         return None
     if kind not in linears:
-        raise Unsupported(f"classifier is a {kind.__name__}, not a Linear")
+        raise Unsupported(f"classifier is a {kind.__module__}.{kind.__name__}, not a Linear")
     weight, bias = rec.tensor(node, "weight"), rec.tensor(node, "bias", optional=True)
     assert weight is not None
     return Stage([weight, bias, None, None, None, None], 0.0, weight.shape[1], weight.shape[0], 1, 1, 1, None)

@@ -55,7 +55,8 @@ def _square(rec: Recorder, node: int, name: str) -> int:
 def conv(rec: Recorder, node: int, family: Family) -> Stage:
     kind = type(rec.modules[node])
     if kind not in family.convs and kind not in family.same_convs:
-        raise Unsupported(f"{rec.path(node)} is a {kind.__name__}, not a plain convolution")
+        # wrappers are often named after what they wrap
+        raise Unsupported(f"{rec.path(node)} is a {kind.__module__}.{kind.__name__}, not a plain convolution")
     kernel, stride = _square(rec, node, "kernel_size"), _square(rec, node, "stride")
     dilation = _square(rec, node, "dilation")
     if dilation != 1:
