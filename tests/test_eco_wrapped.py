@@ -1,4 +1,4 @@
-"""Quantised, pruned, parametrised modules and adapters of peft: left alone with the reason, served when they are gone."""
+"""Quantised, pruned, parametrised modules and adapters of peft: left alone with the reason, served afterwards."""
 
 from __future__ import annotations
 
