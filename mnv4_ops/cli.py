@@ -1,4 +1,4 @@
-"""`mnv4-ops info | bench | check | tune | roofline`.
+"""`mnv4-ops info | bench | check | tune | roofline | pareto | report | compare`.
 
 Exit status: 0 fine, 1 a check or the gate failed, 2 wrong usage.
 """
@@ -336,7 +336,8 @@ def tune(
     console.print(f"{count} entries in {file}", markup=False)
 
 
-app.command()(cli_bench.roofline)
+for command in (cli_bench.roofline, cli_bench.pareto, cli_bench.report, cli_bench.compare):
+    app.command()(command)
 
 
 def main() -> None:

@@ -110,3 +110,112 @@ def _print_roofline(console: Console, document: dict[str, Any]) -> None:
         cells = [f"{c / 1e9:.3f} ({r:.2f}x)" for c, r in zip(row["costs"], row["relative"], strict=True)]
         table.add_row(f"{row['model']} {row['resolution']}", f"{row['top1']:.1f} %", *cells)
     console.print(table)
+
+
+def report(
+    results: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Result files (`--json` of bench and pareto).")
+    ] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page: one HTML file that needs nothing else.")] = Path(
+        "mnv4_ops-report.html"
+    ),
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same as Markdown, without figures.")
+    ] = None,
+) -> None:
+    """One page of everything in a folder of result files: sortable tables, figures, method and environment."""
+    from mnv4_ops.bench import page, page_report
+    from mnv4_ops.bench.errors import BenchError
+
+    check_writable("--out", out)
+    check_writable("--markdown", markdown)
+    try:
+        title, lead, sections = page_report.build(results)
+        text = page.html(title, lead, sections)
+    except BenchError as error:
+        raise fail(str(error)) from None
+    out.write_text(text)
+    typer.echo(f"{out} ({len(text.encode()) / 1e6:.1f} MB, {len(sections)} sections)")
+    if markdown is not None:
+        markdown.write_text(page.markdown(title, lead, sections))
+        typer.echo(str(markdown))
+
+
+def pareto(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="MobileNetV4, MobileNetV3, EfficientNet-Lite ...; commas or repeated; default: all."),
+    ] = None,
+    threads: Annotated[str, typer.Option(metavar="N", help="Threads of every model.")] = "1",
+    repeats: Annotated[str, typer.Option(metavar="N", help="Rounds per model.")] = "9",
+    seconds: Annotated[str, typer.Option(metavar="N", help="Stop a model after this long (at least 3 rounds).")] = "10",
+    resolution: Annotated[
+        str | None, typer.Option(metavar="N", help="Side in pixels; default: that of the published accuracy.")
+    ] = None,
+    json_file: Json = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the figure there, PNG and SVG.")] = None,
+) -> None:
+    """Accuracy against latency: published top-1 of timm's models, their latency here, before and after enable()."""
+    from mnv4_ops.bench import machine, page_plots, plots
+    from mnv4_ops.bench import pareto as suite
+    from mnv4_ops.bench import report as texts
+    from mnv4_ops.bench.errors import BenchError
+
+    check_writable("--json", json_file)
+    check_writable("--markdown", markdown)
+    count = number("--threads", threads, low=1, high=4096)
+    rounds, limit = number("--repeats", repeats, low=1, high=10000), number("--seconds", seconds, low=1, high=86400)
+    side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
+    try:
+        machine.pick_cpus(count)
+        if plot is not None:
+            plots.require()
+        outcome = suite.measure(
+            words(family or []), count, console_for(json_file), repeats=rounds, seconds=limit, resolution=side
+        )
+        if plot is not None:
+            title = f"Batch 1, {texts.threads_text(count)}, fp32"
+            plots.save(page_plots.pareto(title, outcome.document["points"]), plot, "pareto")
+    except BenchError as error:
+        raise fail(str(error)) from None
+    write(json_file, outcome.document)
+    if markdown is not None:
+        markdown.write_text(outcome.markdown)
+    if not outcome.ok:
+        raise typer.Exit(1)
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Result file: --json of bench, or of pytest benchmarks.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Result file of the same kind.")],
+    threshold: Annotated[str, typer.Option(metavar="PERCENT", help="Smaller changes never count.")] = "3",
+    absolute: Annotated[
+        bool, typer.Option("--absolute", help="Times as they are; default: relative to the peers that both files have.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--all", help="Rows that did not change as well.")] = False,
+    json_file: Json = None,
+) -> None:
+    """What changed between two result files, beyond noise. Exit status 1 if a row of mnv4_ops got slower."""
+    from dataclasses import asdict
+
+    from mnv4_ops.bench import compare as suite
+    from mnv4_ops.bench.errors import BenchError
+
+    check_writable("--json", json_file)
+    percent = number("--threshold", threshold, low=0, high=1000)
+    try:
+        found = suite.changes(suite.read(old), suite.read(new), threshold=percent / 100, absolute=absolute)
+        if not found:
+            raise BenchError(f"no row is in both {str(old)!r} and {str(new)!r}")
+    except BenchError as error:
+        raise fail(f"compare: {error}") from None
+    verdicts = [change.verdict for change in found]
+    console = console_for(json_file)
+    if show or set(verdicts) != {"same"}:
+        console.print(suite.table(found, everything=show))
+    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("slower", "faster", "same"))
+    console.print(f"{len(found)} rows in both: {counts}; geometric mean {suite.geomean(found):.3f}")
+    write(json_file, [asdict(change) | {"verdict": change.verdict} for change in found])
+    if "slower" in verdicts:
+        raise typer.Exit(1)

@@ -9,5 +9,6 @@ report.py    tables, Markdown, JSON
 gpu*.py      on a GPU: gpu_run.py the plan, gpu.py one (model, dtype, batch), gpu_clock.py events, gpu_report.py
 layers.py    what a block is made of  roofline*.py  the paper's roofline; plots.py the figures
 ceilings.py  FMA peaks, bandwidths   published.py  accuracies of others (data/)
+page*.py     the report             compare.py  two result files       pareto.py  accuracy against latency
 peers/       what it is compared with, one file each
 """

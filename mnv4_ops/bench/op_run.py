@@ -159,7 +159,7 @@ def run(plan: OpsPlan, console: Console) -> cpu_run.Outcome:
     return cpu_run.Outcome(document, markdown(document), all(row["red"] is None for row in document["rows"]))
 
 
-_COLUMNS = ("case", "batch", "threads", "dtype", "mnv4_ops us", "20 - 80 %", "of limit", "bound", "best peer us",
+COLUMNS = ("case", "batch", "threads", "dtype", "mnv4_ops us", "20 - 80 %", "of limit", "bound", "best peer us",
             "vs best")  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def groups(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """The texts of a row for `_COLUMNS`."""
+    """The texts of a row for `COLUMNS`."""
     head = [row["case"], str(row["batch"]), str(row["threads"]), row["dtype"]]
     if row["red"] is not None:
         return [*head, f"red: {row['red']}", *[""] * 5]
@@ -192,7 +192,7 @@ def tables(document: dict[str, Any]) -> list[Table]:
     views = []
     for label, found in groups(document):
         view = Table(title=label, title_justify="left", title_style="bold")
-        for index, column in enumerate(_COLUMNS):
+        for index, column in enumerate(COLUMNS):
             view.add_column(column, justify="left" if index == 0 else "right")
         for row in found:
             view.add_row(*cells(row), style="bold red" if row["red"] is not None else None)
@@ -236,5 +236,5 @@ def markdown(document: dict[str, Any]) -> str:
     text += "Microseconds per call, interleaved.\n\n"
     text += "".join(f"- {line}\n" for line in notes(document))
     for label, found in groups(document):
-        text += f"\n### {label}\n\n{report.markdown_table(_COLUMNS, [cells(row) for row in found])}"
+        text += f"\n### {label}\n\n{report.markdown_table(COLUMNS, [cells(row) for row in found])}"
     return text

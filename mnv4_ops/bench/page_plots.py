@@ -1,0 +1,105 @@
+"""Figures of measured results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mnv4_ops.bench import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_OURS = "mnv4_ops"
+
+
+@plots.styled
+def speedups(
+    title: str, rows: Sequence[str], times: Sequence[Mapping[str, float]], labels: Mapping[str, str]
+) -> Figure:
+    """Per row the time of each variant over ours, on a logarithmic axis: right of 1 we are faster.
+
+    `times` are milliseconds by name of the variant, ours included; `labels` their names for people.
+    """
+    names = [name for name in dict.fromkeys(name for row in times for name in row) if name != _OURS]
+    made, ((axes,),) = plots.figure(size=(10, 1.2 + 0.3 * len(rows)))
+    places = np.arange(len(rows))[::-1]
+    for index, name in enumerate(names):
+        known = [(place, row[name] / row[_OURS]) for place, row in zip(places, times, strict=True) if name in row]
+        axes.scatter(
+            [ratio for _, ratio in known], [place for place, _ in known], s=34, zorder=3,
+            color=plots.COLOURS[index % len(plots.COLOURS)], marker="osD^vPX*"[index % 8], label=labels.get(name, name),
+        )  # fmt: skip
+    axes.axvline(1, color="black", linewidth=1.2)
+    axes.set_yticks(places, rows)
+    axes.set_xscale("log")
+    plots.plain_log(axes.xaxis)
+    axes.set_xlabel("time / time of mnv4_ops (right of 1: mnv4_ops is faster)")
+    axes.set_title(title)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return made
+
+
+@plots.styled
+def ops(title: str, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """Every row of the op tables as a point: left the ratio to the best peer, right the fraction of the limit."""
+    names = list(dict.fromkeys(row["op"] for row in rows))
+    made, ((left, right),) = plots.figure(1, 2, size=(11, 1.4 + 0.42 * len(names)), sharey=True)
+    threads = sorted({row["threads"] for row in rows})
+    for axes, key in ((left, "vs_best_peer"), (right, "of_limit")):
+        for index, count in enumerate(threads):
+            x, y = [], []
+            for row in rows:
+                value = row.get(key) if key == "vs_best_peer" else row["variants"].get(_OURS, {}).get(key)
+                if value and row["threads"] == count:
+                    x.append(value if key == "vs_best_peer" else 100 * value)
+                    y.append(len(names) - 1 - names.index(row["op"]) + 0.16 * (index - (len(threads) - 1) / 2))
+            text = f"{count} thread" + ("s" if count > 1 else "")
+            axes.scatter(x, y, s=18, alpha=0.7, color=plots.COLOURS[index], label=text, zorder=3)
+    left.axvline(1, color="black", linewidth=1.2)
+    left.set_xscale("log")
+    plots.plain_log(left.xaxis)
+    left.set_xlabel("time of the best peer / ours")
+    right.set_xlabel("% of the measured limit")
+    right.set_xlim(0, None)
+    left.set_yticks(range(len(names))[::-1], [labels.get(name, name) for name in names])
+    left.set_title(title)
+    right.legend(loc="lower right")
+    return made
+
+
+@plots.styled
+def pareto(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy against latency; MobileNetV4 before and after `enable()` joined by an arrow.
+
+    A point has `model`, `family`, `top1` and `before_ms`, MobileNetV4 also `after_ms`.
+    """
+    made, ((axes,),) = plots.figure(size=(10, 6))
+    families = list(dict.fromkeys(point["family"] for point in points))
+    for index, family in enumerate(families):
+        own = sorted((p for p in points if p["family"] == family), key=lambda p: p["before_ms"])
+        colour = plots.COLOURS[index % len(plots.COLOURS)]
+        after = [p for p in own if p.get("after_ms")]
+        label = f"{family}, before enable()" if after else family
+        style = {"color": colour, "marker": "o", "markersize": 5}
+        axes.plot([p["before_ms"] for p in own], [p["top1"] for p in own], ":", label=label, **style)
+        if after:
+            label = f"{family}, after enable()"
+            line = {"linewidth": 2.2} | style
+            axes.plot([p["after_ms"] for p in after], [p["top1"] for p in after], "-", label=label, **line)
+        for p in own:
+            arrow = {"arrowstyle": "->", "color": colour, "alpha": 0.5}
+            if p.get("after_ms"):
+                axes.annotate("", (p["after_ms"], p["top1"]), (p["before_ms"], p["top1"]), arrowprops=arrow)
+            spot = (p.get("after_ms") or p["before_ms"], p["top1"])
+            axes.annotate(p["model"], spot, xytext=(-5, 5), textcoords="offset points", fontsize=7, ha="right")
+    axes.set_xscale("log")
+    plots.plain_log(axes.xaxis)
+    axes.set(xlabel="median ms per image", ylabel="published ImageNet top-1, %")
+    axes.margins(x=0.12, y=0.08)
+    axes.set_title(title)
+    axes.legend(loc="lower right", fontsize=8)
+    return made

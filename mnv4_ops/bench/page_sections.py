@@ -1,0 +1,298 @@
+"""From committed result files to the sections of the report. A file is told by its `schema`; unknown ones are left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mnv4_ops.bench import cell, gpu, gpu_report, inputs, op_run, page_plots, pareto, report, rows
+from mnv4_ops.bench import ops as op_registry
+from mnv4_ops.bench import peers as registry
+from mnv4_ops.bench.errors import BenchError
+from mnv4_ops.bench.op_run import geomean
+from mnv4_ops.bench.page import Cell, Picture, Section, Table
+
+Document = dict[str, Any]
+LABELS = {peer.name: peer.label for peer in (*registry.PEERS, *registry.GPU_PEERS)}
+
+
+def load(folder: Path) -> dict[str, Document]:
+    """{stem: document} of all JSON files that hold results."""
+    if not folder.is_dir():
+        raise BenchError(f"--results: expected a folder of result files, got {str(folder)!r}")
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            document = json.loads(file.read_text())
+        except ValueError as error:
+            raise BenchError(f"--results: {str(file)!r} is no JSON: {error}") from None
+        if isinstance(document, dict) and kind_of(document) is not None:
+            found[file.stem] = document
+    if not found:
+        raise BenchError(f"--results: no result files in {str(folder)!r}")
+    return found
+
+
+def kind_of(document: Document) -> str | None:
+    """models, ops, gpu, pareto, arm, or None for what is no result."""
+    schemas = {report.SCHEMA: "models", op_run.SCHEMA: "ops", gpu_report.SCHEMA: "gpu", pareto.SCHEMA: "pareto"}
+    if document.get("schema") in schemas:
+        return schemas[document["schema"]]
+    if "cells" in document and "device" in document:
+        return "gpu"
+    return "arm" if str(document.get("kind", "")).startswith("emulated") else None
+
+
+def machine_of(document: Document) -> str:
+    env = document.get("environment") or {}
+    if env.get("gpu"):
+        return str(env["gpu"]["name"])
+    return str((env.get("cpu") or {}).get("model") or document.get("device") or document.get("emulator") or "unknown")
+
+
+def models(stem: str, document: Document) -> Section:
+    """Whole models on a CPU."""
+    section = Section(stem, f"Whole models on a CPU: {machine_of(document)}")
+    section.intro = (
+        "Median milliseconds per call on a real photograph, fp32, every variant interleaved in one process pinned to "
+        "as many CPUs as threads. The best peer is the fastest of all that are installed and give the same answer."
+    )
+    good = [found for found in document["cells"] if not found["red"]]
+    names, times, table = [], [], []
+    for found in good:
+        variants = found["variants"]
+        name = f"{inputs.ledger_name(found['model'])} {found['resolution']}, b{found['batch']}, {found['threads']}t"
+        medians = {key: facts["median_ms"] for key, facts in variants.items()}
+        if cell.OURS in medians:
+            names.append(name)
+            times.append(medians)
+        ours, best = variants.get(cell.OURS, {}), found["best_peer"]
+        peak = ours.get("fraction_of_peak")
+        table.append(
+            [
+                Cell(f"{inputs.ledger_name(found['model'])} {found['resolution']}"),
+                Cell.number(found["batch"], "d"),
+                Cell.number(found["threads"], "d"),
+                *(Cell.number(medians.get(peer), ".2f") for peer in (cell.BASELINE, *cell.HEADLINE_PEERS)),
+                Cell.number(ours.get("median_ms"), ".2f"),
+                Cell(f"{ours['q20_ms']:.2f} - {ours['q80_ms']:.2f}" if ours else ""),
+                Cell.ratio(found.get("speedup_vs_eager")),
+                Cell(LABELS.get(best, best)),
+                Cell.ratio(found.get("speedup_vs_best_peer"), "" if found["headline"] else " *"),
+                Cell.number(None if peak is None else 100 * peak, ".0f", " %"),
+            ]
+        )
+    columns = ("model", "batch", "threads", "torch eager ms", *(LABELS[name] for name in cell.HEADLINE_PEERS),
+               "mnv4_ops ms", "20 - 80 %", "vs eager", "best peer", "vs best", "of FMA peak")  # fmt: skip
+    section.tables.append(Table("All cells", columns, table))
+    if names:
+        figure = page_plots.speedups("Whole models against every variant measured", names, times, LABELS)
+        section.pictures.append(
+            Picture.of(figure, f"Whole models, {stem}: time of every variant over that of mnv4_ops")
+        )
+    section.notes = _left_out(good) + _stars(good)
+    section.details = _details(document)
+    return section
+
+
+def ops(stem: str, document: Document) -> Section:
+    """Single ops."""
+    section = Section(stem, f"Single ops: {machine_of(document)}")
+    section.intro = (
+        "Microseconds per call. The limit is the larger of the multiply-accumulates at the measured FMA peak and the "
+        "bytes of input, weights and output at the measured bandwidth of the memory that holds them."
+    )
+    for label, found in op_run.groups(document):
+        table = []
+        for row in found:
+            head = [
+                Cell(row["case"]),
+                Cell.number(row["batch"], "d"),
+                Cell.number(row["threads"], "d"),
+                Cell(row["dtype"]),
+            ]
+            if row["red"] is not None:
+                table.append([*head, Cell(f"red: {row['red']}", None, "bad"), *[Cell("")] * 5])
+                continue
+            ours, best = row["variants"][rows.OURS], row["best_peer"]
+            limit = ours.get("of_limit")
+            table.append(
+                [
+                    *head,
+                    Cell.number(1e3 * ours["median_ms"], ".1f"),
+                    Cell(f"{1e3 * ours['q20_ms']:.1f} - {1e3 * ours['q80_ms']:.1f}"),
+                    Cell.number(None if limit is None else 100 * limit, ".0f", " %"),
+                    Cell(row.get("bound", "")),
+                    Cell(f"{1e3 * row['variants'][best]['median_ms']:.1f} ({LABELS[best]})" if best else ""),
+                    Cell.ratio(row.get("vs_best_peer"), "" if row["headline"] else " *"),
+                ]
+            )
+        section.tables.append(Table(label, op_run.COLUMNS, table))
+    labels = {op.name: op.label for op in op_registry.OPS}
+    good = [row for row in document["rows"] if row["red"] is None]
+    if good:
+        figure = page_plots.ops("Every case of every op", good, labels)
+        section.pictures.append(
+            Picture.of(figure, f"Single ops, {stem}: ratio to the best peer, fraction of the limit")
+        )
+    section.notes = op_run.notes(document)
+    section.details = _details(document)
+    return section
+
+
+def gpus(stem: str, document: Document) -> Section:
+    """Whole models on a GPU, graphs and calls."""
+    section = Section(stem, f"Whole models on a GPU: {machine_of(document)}")
+    section.intro = (
+        "Two clocks. Graphs: every variant captured into a CUDA graph, replays timed by the device. Calls: host wall "
+        "clock with a synchronise after each call. Outputs pass the 2x rule against float64 first."
+    )
+    good = [found for found in document["cells"] if not found.get("red")]
+    for kind, labels, ours in (("graphs", gpu.GRAPHS, (gpu.OURS,)), ("calls", gpu.CALLS, (gpu.OURS, gpu.OURS_GRAPHS))):
+        seen = [name for name in labels if any(name in found[kind] for found in good)]
+        table, names, times = [], [], []
+        for found in good:
+            medians = {name: facts["median_ms"] for name, facts in found[kind].items() if "median_ms" in facts}
+            ratios = [found[kind].get(name, {}).get("speedup_vs_best_peer") for name in ours]
+            name = f"{inputs.ledger_name(found['model'])} {found['resolution']}"
+            head = [Cell(name), Cell(found["dtype"]), Cell.number(found["batch"], "d")]
+            table.append(
+                [*head, *(Cell.number(medians.get(peer), ".3f") for peer in seen), *(Cell.ratio(r) for r in ratios)]
+            )
+            if gpu.OURS in medians:
+                names.append(f"{name}, b{found['batch']}, {found['dtype']}")
+                times.append(medians)
+        versus = ("vs best peer",) if len(ours) == 1 else ("enable() vs best", "cuda_graphs vs best")
+        caption = "CUDA graph against CUDA graph, device ms" if kind == "graphs" else "Calls, host ms"
+        section.tables.append(
+            Table(caption, ("model", "dtype", "batch", *(labels[name] for name in seen), *versus), table)
+        )
+        if names and kind == "graphs":
+            figure = page_plots.speedups("CUDA graph against CUDA graph", names, times, labels)
+            section.pictures.append(Picture.of(figure, f"Models on a GPU, {stem}: time over that of mnv4_ops"))
+    section.notes = [f"not measured: {text}" for text in document.get("not_measured", [])]
+    section.details = _details(document)
+    return section
+
+
+def arm(stem: str, document: Document) -> Section:
+    """Counts and models of an emulated ARM."""
+    section = Section(stem, "ARM: emulated, counted, modelled; not timed on hardware")
+    section.intro = (
+        "Instructions are exact counts under an emulator, cycles those of a model of each core, of our layers over "
+        "XNNPACK's for the same layers. No time of an emulator appears anywhere."
+    )
+    for model, layers in document["models"].items():
+        cores = list(next(iter(layers.values()))["ours"]["cycles"])
+        table = []
+        for name, both in layers.items():
+            ours, theirs = both["ours"], both.get("XNNPACK")
+            if theirs is None:
+                continue
+            counts = [theirs["instructions"] / ours["instructions"]]
+            counts += [theirs["cycles"][core] / ours["cycles"][core] for core in cores]
+            table.append([Cell(name), Cell(both["group"]), *(Cell.ratio(ratio) for ratio in counts)])
+        section.tables.append(Table(f"{model}: XNNPACK's over ours", ("layer", "kind", "instructions", *cores), table))
+    keys = ("compiler", "emulator", "model", "peer", "dtype", "threads")
+    section.details = {key: str(document[key]) for key in keys if key in document}
+    return section
+
+
+def front(stem: str, document: Document) -> Section:
+    """Accuracy against latency."""
+    section = Section(stem, f"Accuracy against latency: {machine_of(document)}")
+    section.intro = (
+        "Published ImageNet top-1 (timm's checkpoints at the resolution named) against the latency measured here: the "
+        "better of torch's two memory formats before enable(), and the same model after it."
+    )
+    points = document["points"]
+    columns = ("model", "family", "top-1 %", "resolution", "before ms", "after ms", "speed-up", "on the front")
+    best = pareto.front(points)
+    table = [
+        [
+            Cell(point["model"]),
+            Cell(point["family"]),
+            Cell.number(point["top1"], ".2f"),
+            Cell.number(point["resolution"], "d"),
+            Cell.number(point["before_ms"], ".2f"),
+            Cell.number(point.get("after_ms"), ".2f"),
+            Cell.ratio(point["before_ms"] / point["after_ms"] if point.get("after_ms") else None),
+            Cell("yes" if point["model"] in best else ""),
+        ]
+        for point in points
+    ]
+    section.tables.append(Table("Models", columns, table))
+    title = f"Batch 1, {report.threads_text(document['threads'])}, fp32"
+    section.pictures.append(Picture.of(page_plots.pareto(title, points), f"Pareto front, {stem}"))
+    sources = sorted({point["source"] for point in points})
+    section.notes = [f"accuracy: {source}" for source in sources]
+    section.details = _details(document)
+    return section
+
+
+BUILDERS: dict[str, Callable[[str, Document], Section]] = {
+    "models": models,
+    "ops": ops,
+    "gpu": gpus,
+    "pareto": front,
+    "arm": arm,
+}
+
+
+def summary(documents: dict[str, Document]) -> Section:
+    """One line per file: geometric mean and range of the ratio to the best peer."""
+    section = Section("summary", "In short")
+    section.intro = "The time of the best available peer over that of mnv4_ops; above 1 mnv4_ops is faster."
+    table = []
+    for document in documents.values():
+        kind = kind_of(document)
+        groups: list[tuple[str, list[float]]] = []
+        if kind == "models":
+            cells = [c for c in document["cells"] if not c["red"] and c.get("headline")]
+            groups = [("whole models", [c["speedup_vs_best_peer"] for c in cells])]
+        elif kind == "ops":
+            groups = [
+                (label, [row["vs_best_peer"] for row in found if row["headline"] and row["red"] is None])
+                for label, found in op_run.groups(document)
+            ]
+        elif kind == "gpu":
+            cells = [c for c in document["cells"] if not c.get("red") and "compile_graph" in c["graphs"]]
+            ratios = [c["graphs"][gpu.OURS]["speedup_vs_best_peer"] for c in cells if gpu.OURS in c["graphs"]]
+            groups = [("whole models, CUDA graphs", ratios)]
+        for label, ratios in groups:
+            if ratios:
+                won = sum(ratio >= 1 for ratio in ratios)
+                head = [Cell(label), Cell(machine_of(document)), Cell.number(len(ratios), "d")]
+                spread = [Cell.ratio(value) for value in (geomean(ratios), min(ratios), max(ratios))]
+                table.append([*head, *spread, Cell(f"{won} of {len(ratios)}", won / len(ratios))])
+    columns = ("what", "machine", "rows", "geometric mean", "worst", "best", "rows >= 1")
+    section.tables.append(Table("Headline rows only: those quoted against every main peer", columns, table))
+    return section
+
+
+def _details(document: Document) -> dict[str, str]:
+    env = document.get("environment") or {}
+    packages = env.get("packages") or document.get("versions") or {}
+    details = {
+        "machine": machine_of(document),
+        "date": str(env.get("date") or document.get("date", ""))[:10],
+        "commit": env.get("commit") or "not recorded",
+        "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
+    }
+    cpu = env.get("cpu")
+    if cpu:
+        details["CPU tier"] = f"{cpu['tier']} of {', '.join(cpu['tiers'])}; {env['platform']}, {env['python']}"
+    return details | {key: str(value) for key, value in (document.get("method") or {}).items()}
+
+
+def _left_out(cells: list[Document]) -> list[str]:
+    reasons = {(name, reason) for found in cells for name, reason in found["unavailable"].items()}
+    return [f"left out: {LABELS.get(name, name)}: {reason}" for name, reason in sorted(reasons)]
+
+
+def _stars(cells: list[Document]) -> list[str]:
+    if all(found["headline"] for found in cells):
+        return []
+    return ["* no headline: one of the peers that it has to be quoted against is missing"]
