@@ -6,6 +6,7 @@ import gc
 import pickle
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -81,6 +82,23 @@ def test_eight_threads_over_one_model_and_over_several() -> None:
 
 PROCESSES = """
 import multiprocessing, sys, timm, torch, mnv4_ops
+from torch.utils.data import DataLoader, Dataset
+
+class Features(Dataset):  # what an enabled model gives, in the workers of a DataLoader
+    def __init__(self, m):
+        self.m = m
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        x = torch.full((1, 3, 64, 64), float(i))
+        with torch.no_grad():
+            assert not mnv4_ops.explain(self.m, x).fallbacks
+            return self.m(x)[0]
+
+def start_worker(i):
+    mnv4_ops.enable()
 
 def child(m, x, queue):
     mnv4_ops.enable()
@@ -102,6 +120,14 @@ if __name__ == "__main__":
     p.join(60)
     assert p.exitcode == 0, p.exitcode
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    fork = sys.argv[1] == "fork"  # spawned workers take seconds to import torch
+    workers = {"num_workers": 2 if fork else 1, "multiprocessing_context": context, "worker_init_fn": start_worker}
+    loader = DataLoader(Features(m), 2, **workers)
+    for _ in range(2 if fork else 1):
+        got = torch.cat(list(loader))
+        torch.testing.assert_close(got, torch.stack([Features(m)[i] for i in range(4)]), rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            m.classifier.weight.mul_(2)  # for the next workers
 """
 
 
@@ -110,6 +136,15 @@ def test_an_enabled_model_in_another_process(start: str, tmp_path: Any) -> None:
     (tmp_path / "run.py").write_text(PROCESSES)
     done = subprocess.run([sys.executable, "run.py", start], cwd=tmp_path, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="waits for a free-threaded Python")
+def test_a_free_threaded_python_keeps_its_lock(tmp_path: Any) -> None:
+    """The native module does not say that it works without: Python turns the lock on and says so."""
+    code = "import sys, mnv4_ops; assert sys._is_gil_enabled()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "GIL" in done.stderr
 
 
 def test_ten_thousand_forwards_of_changing_shapes_keep_nothing() -> None:
