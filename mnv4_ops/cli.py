@@ -124,6 +124,9 @@ def bench(
     seconds: Annotated[
         str, typer.Option(metavar="N", help="Stop the timed part of a table after this long (at least 3 rounds).")
     ] = "60",
+    processes: Annotated[
+        str, typer.Option(metavar="N", help="Fresh processes per table; the one with the median ratio is shown (CPU).")
+    ] = "1",
     blocks: Annotated[
         bool, typer.Option("--blocks", help="One row per block of the model instead of whole models (CPU).")
     ] = False,
@@ -158,6 +161,7 @@ def bench(
     side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
     rounds = number("--repeats", repeats, low=1, high=10000)
     limit = number("--seconds", seconds, low=1, high=86400)
+    fresh = number("--processes", processes, low=1, high=99)
     try:
         if ops:
             op_plan = op_run.OpsPlan(
@@ -171,6 +175,7 @@ def bench(
                 resolution=side,
                 repeats=rounds,
                 seconds=limit,
+                processes=fresh,
             )
             op_plan.validate()
             _finish_bench(op_run.run(op_plan, console_for(json_file)), json_file, markdown)
@@ -198,6 +203,7 @@ def bench(
             resolution=side,
             repeats=rounds,
             seconds=limit,
+            processes=fresh,
         )
         plan.validate()
         outcome = run.blocks(plan, console_for(json_file)) if blocks else run.models(plan, console_for(json_file))

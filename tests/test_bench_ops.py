@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from mnv4_ops import _native
-from mnv4_ops.bench import ceilings, gate, gpu_clock, op_run, ops, rows
+from mnv4_ops.bench import ceilings, gate, gpu_clock, op_run, ops, rows, timing
+from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.ops.base import enabled_call
 from mnv4_ops.bench.peers import PEERS
@@ -206,6 +207,43 @@ def test_cold_spans_flush_before_each_run(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu_clock, "span", lambda run, count: (run(), float(count))[1])
     assert gpu_clock.cold_span(lambda: log.append("run"), 3) == 1.0
     assert log == ["flush", "run"] * 3
+
+
+@needs_native
+def test_a_row_of_a_gpu_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the device: every captured peer, the 2x rule, both states of the L2."""
+    monkeypatch.setattr(rows, "torch_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(rows, "_captured", lambda run: run)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spans: list[str] = []
+
+    def interleave(runs: Any, *, span: Any = gpu_clock.span, **options: Any) -> Any:
+        spans.append(span.__name__)
+        return {name: timing.Stats.of([1e-3 * (1 + i), 2e-3]) for i, name in enumerate(reversed(runs))}
+
+    monkeypatch.setattr(gpu_clock, "interleave", interleave)
+    op = ops.by_name("convnext")
+    monkeypatch.setattr(type(op), "refuses", lambda *args: None)
+    setting = rows.Setting(2, 1, "float32", "cuda")
+    chosen = ("cudnn_graph", "native_dw_graph", "compile_graph", "tensorrt_graph")
+    row = rows.measure(op, op.tiny(op.cases(["conv_small"])[0]), setting, chosen, ceilings=LIMITS)
+    assert spans == ["span", "cold_span"]
+    assert row["red"] is None
+    assert set(row["unavailable"]) <= {"tensorrt_graph", "native_dw_graph"}
+    assert row["variants"]["mnv4_ops"]["of_allowed"] <= 1
+    assert row["variants"]["mnv4_ops"]["cold_median_ms"] > 0
+    assert row["headline"]
+    assert row["best_peer"] == "compile_graph"
+
+
+def test_the_middle_of_several_processes() -> None:
+    found = [{"red": None, "vs_best_peer": ratio} for ratio in (1.3, 0.9, 1.1)]
+    assert cpu_run.middle(found, "vs_best_peer") == {
+        "red": None, "vs_best_peer": 1.1, "speedups_of_processes": [0.9, 1.1, 1.3]
+    }  # fmt: skip
+    assert cpu_run.middle(found[:1], "vs_best_peer") == found[0]
+    assert cpu_run.middle([*found, {"red": "wrong"}], "vs_best_peer") == {"red": "wrong"}
 
 
 @needs_native

@@ -48,6 +48,7 @@ class OpsPlan:
     resolution: int | None = None
     repeats: int = 7
     seconds: float = 1.5
+    processes: int = 1
 
     def validate(self) -> None:
         """Raises BenchError for what would only be found out in the middle."""
@@ -146,12 +147,16 @@ def run(plan: OpsPlan, console: Console) -> cpu_run.Outcome:
         )
         title = f"ops, {report.threads_text(threads)}" if plan.device == "cpu" else "ops"
         try:
-            found = cpu_run.run_cell(measure_ops, request, title, console, threads)
+            runs = range(plan.processes)
+            found = [cpu_run.run_cell(measure_ops, request, title, console, threads) for _ in runs]
         except RuntimeError as error:
             raise BenchError(f"{title}: the measuring process failed: {str(error).splitlines()[-1]}") from error
-        document["ceilings"].append(found["ceilings"])
-        document["rows"] += found["rows"]
+        document["ceilings"].append(found[0]["ceilings"])
+        same = zip(*(result["rows"] for result in found), strict=True)
+        document["rows"] += [cpu_run.middle(list(results), "vs_best_peer") for results in same]
     document["method"] = {**_METHOD, "seconds": round(time.perf_counter() - start)}
+    if plan.processes > 1:
+        document["method"]["processes"] = f"{plan.processes}, of each row the one with the median ratio is shown"
     for view in tables(document):
         console.print(view)
     for line in notes(document):
@@ -213,6 +218,9 @@ def notes(document: dict[str, Any]) -> list[str]:
         peaks = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in limit["peak_gflops"].items())
         levels = ", ".join(f"{name} {value:.0f}" for name, value in limit["bandwidth_gbs"].items())
         lines.append(f"ceilings, {report.threads_text(limit['threads'])}: {peaks}; GB/s: {levels}")
+    busy = sum(row.get("preempted_per_call", 0) > report.BUSY for row in document["rows"])
+    if busy:
+        lines.append(f"the machine was busy during {busy} of {len(document['rows'])} rows: their figures mean little")
     if any(not row["headline"] and row["red"] is None for row in document["rows"]):
         lines.append("* no headline: a peer that it has to be quoted against is missing")
     reasons = [item for row in document["rows"] for item in row["unavailable"].items()]

@@ -16,7 +16,7 @@ from mnv4_ops.bench.cell import BASELINE, HEADLINE_PEERS, OURS
 
 SCHEMA = "mnv4-ops/bench/1"
 _SHOWN = 3  # fallbacks written out under a table
-_BUSY = 0.5  # involuntary context switches per timed call
+BUSY = 0.5  # involuntary context switches per timed call
 
 
 def _name(cell: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def cell_notes(cell: dict[str, Any]) -> list[str]:
         notes += [f"  {line}" for line in served["original"][:_SHOWN]]
         if len(served["original"]) > _SHOWN:
             notes.append(f"  and {len(served['original']) - _SHOWN} more")
-    if cell.get("preempted_per_call", 0) > _BUSY:
+    if cell.get("preempted_per_call", 0) > BUSY:
         notes.append(
             f"the machine was busy: another process took a CPU {cell['preempted_per_call']:.1f} times per timed call; "
             "the figures mean little"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mnv4_ops.bench import gate, timing
+from mnv4_ops.bench import gate, machine, timing
 from mnv4_ops.bench import peers as registry
 from mnv4_ops.bench.ceilings import Ceilings
 from mnv4_ops.bench.ops import Case, Op
@@ -55,7 +55,7 @@ class _Gate:
         if self.plain_fp32:
             self.reference = module(*inputs)
             return
-        dtype, device = getattr(torch, setting.dtype), setting.device
+        dtype, device = getattr(torch, setting.dtype), torch_device(setting.device)
         self.truth = copy.deepcopy(module).double()(*(x.to(device, dtype).double() for x in inputs))
         self.plain = copy.deepcopy(module).to(device, dtype)(*(x.to(device, dtype) for x in inputs))
 
@@ -84,8 +84,9 @@ def prepare(
     dtype = getattr(torch, setting.dtype)
     module, example = op.module(case), op.example(case, setting.batch)
     judge = _Gate(module, example, setting)
-    own = copy.deepcopy(module).to(setting.device, dtype)
-    moved = tuple(x.to(setting.device, dtype) for x in arguments_of(example))
+    device = torch_device(setting.device)
+    own = copy.deepcopy(module).to(device, dtype)
+    moved = tuple(x.to(device, dtype) for x in arguments_of(example))
     x = moved if isinstance(example, tuple) else moved[0]
 
     def attempt(name: str, reason: str | None, make: Any) -> None:
@@ -109,6 +110,10 @@ def prepare(
     # last: enabling throws away what torch has compiled
     attempt(OURS, op.refuses(dtype, setting.device), lambda: op.ours(own, case, x, setting.threads))
     return runs, left_out, errors
+
+
+def torch_device(device: str) -> torch.device:
+    return torch.device(device)
 
 
 def _captured(run: Run) -> Run:
@@ -147,6 +152,7 @@ def measure(
         runs, left_out, errors = prepare(op, case, setting, peers)
         stats: Mapping[str, timing.Stats] = {}
         cold: Mapping[str, timing.Stats] = {}
+        switches = machine.involuntary_switches()
         if OURS in runs:
             if setting.device == "cuda":
                 from mnv4_ops.bench import gpu_clock
@@ -155,7 +161,9 @@ def measure(
                 cold = gpu_clock.interleave(runs, rounds=repeats, seconds=seconds, span=gpu_clock.cold_span)
             else:
                 stats = timing.interleave(runs, repeats=repeats, seconds=seconds)
+        switches = machine.involuntary_switches() - switches
     row = describe(op, case, setting)
+    row["preempted_per_call"] = switches / max(1, sum(values.calls for values in stats.values()))
     row["variants"] = {name: values.as_dict() | {"of_allowed": errors[name]} for name, values in stats.items()}
     for name, values in cold.items():
         row["variants"][name]["cold_median_ms"] = values.median_ms
