@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import timm
@@ -50,6 +51,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"rank-{rank}.tsv"
     cut = path.exists() and not path.read_text().endswith("\n") and path.stat().st_size > 0
+    begin = time.perf_counter()
     with path.open("a") as out, torch.inference_mode():
         if cut:
             out.write("\n")
@@ -60,6 +62,7 @@ def main() -> None:
             for name, index, value in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
                 out.write(f"{name}\t{index}\t{value:.4f}\n")
             out.flush()
+    print(f"rank {rank}: {len(mine)} images in {time.perf_counter() - begin:.2f} s")
 
 
 if __name__ == "__main__":
