@@ -59,9 +59,12 @@ def info(json_file: Json = None) -> None:
 
 
 def _peer_reasons() -> dict[str, str | None]:
+    import torch
+
     from mnv4_ops.bench import peers
 
-    return {peer.name: peer.available() for peer in peers.PEERS}
+    shown = (*peers.PEERS, *(peers.GPU_PEERS if torch.cuda.is_available() else ()))
+    return {peer.name: peer.available() for peer in shown}
 
 
 def _print_info(console: Console, facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def test_plans_are_checked() -> None:
     assert set(rows.HEADLINE["cpu"]) < set(plan.chosen())
     assert op_run.OpsPlan([], [], [], [], [], "cuda").chosen() == tuple(peer.name for peer in rows.peers_of("cuda"))
     assert set(rows.HEADLINE["cuda"]) < {peer.name for peer in rows.peers_of("cuda")}
+    assert "torch_compile" in op_run.OpsPlan([], [], [], [], [], peers="torch").chosen()
     with pytest.raises(BenchError, match="no peer 'cudnn_graph' for ops on cpu"):
         op_run.OpsPlan([], [], [], [], [], peers="cudnn_graph").chosen()
 
@@ -235,6 +237,39 @@ def test_a_row_of_a_gpu_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["variants"]["mnv4_ops"]["cold_median_ms"] > 0
     assert row["headline"]
     assert row["best_peer"] == "compile_graph"
+
+
+@needs_native
+def test_ops_of_a_gpu_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "torch_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(rows, "_captured", lambda run: run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def span(run: Any, count: int) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    monkeypatch.setattr(gpu_clock, "span", span)
+    monkeypatch.setattr(gpu_clock, "cold_span", span)
+    monkeypatch.setattr(gpu_clock.interleave, "__kwdefaults__", {**gpu_clock.interleave.__kwdefaults__, "span": span})
+    measured = ceilings.measure_gpu(("float32",), side=64, size=2**20, device="cpu")
+    assert measured.peak_gflops["float32"] > 0
+    assert measured.limit_ms(1, 2**20)[1] == "DRAM"
+    monkeypatch.setattr(ceilings, "measure_gpu", lambda dtypes: measured)
+    op = ops.by_name("ib")
+    monkeypatch.setattr(type(op), "refuses", lambda *args: None)
+    few = op.cases(["conv_small"], 64)[:1]
+    monkeypatch.setattr(type(op), "cases", lambda *args: few)
+    request = op_run.OpsRequest(("conv_small",), ("ib",), (2,), ("float32",), 1, "cuda", ("cudnn_graph",), 64, 1, 0.1)
+    threads = torch.get_num_threads()
+    result = op_run.measure_ops(request, lambda event: None)
+    torch.set_num_threads(threads)
+    (row,) = json.loads(json.dumps(result))["rows"]
+    assert row["red"] is None
+    assert row["bound"] == "DRAM" or row["bound"] == "compute"
+    assert set(row["variants"]) == {"cudnn_graph", "mnv4_ops"}
+    assert not row["headline"]
 
 
 def test_the_middle_of_several_processes() -> None:

@@ -140,7 +140,7 @@ def measure(threads: int = 1, *, precisions: tuple[str, ...] = ("bfloat16", "flo
     return Ceilings(threads, {name: peak for name, peak in peaks.items() if peak}, bandwidth, capacity)
 
 
-def measure_gpu(dtypes: tuple[str, ...], side: int = 8192, size: int = 2**30) -> Ceilings:
+def measure_gpu(dtypes: tuple[str, ...], side: int = 8192, size: int = 2**30, device: str = "cuda") -> Ceilings:
     """Rates of the current GPU by the clock of the device: torch's matrix product of `side` squared per dtype, and a
     copy of `size` bytes (device memory; the L2 is not told apart).
     """
@@ -148,7 +148,6 @@ def measure_gpu(dtypes: tuple[str, ...], side: int = 8192, size: int = 2**30) ->
 
     from mnv4_ops.bench import gpu_clock
 
-    device = torch.device("cuda")
     peaks = {}
     for dtype in dtypes:
         a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))

@@ -68,12 +68,14 @@ class OpsPlan:
         known = [peer.name for peer in rows.peers_of(self.device)]
         if self.peers in ("all", "none"):
             return tuple(name for name in known if name not in SLOW_TO_PREPARE) if self.peers == "all" else ()
-        names = tuple(part.strip() for part in self.peers.split(",") if part.strip())
+        names: list[str] = []
+        for name in filter(None, (part.strip() for part in self.peers.split(","))):
+            names += [peer for peer in known if peer.startswith("torch_")] if name == "torch" else [name]
         for name in names:
             if name not in known:
                 have = ", ".join(known)
                 raise BenchError(f"--peers: no peer {name!r} for ops on {self.device}; known: all, none, {have}")
-        return names
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

@@ -208,13 +208,24 @@ def front(stem: str, document: Document) -> Section:
         "better of torch's two memory formats before enable(), and the same model after it."
     )
     points = document["points"]
-    columns = ("model", "family", "top-1 %", "resolution", "before ms", "after ms", "speed-up", "on the front")
+    columns = (
+        "model",
+        "family",
+        "timm top-1 %",
+        "paper top-1 %",
+        "resolution",
+        "before ms",
+        "after ms",
+        "speed-up",
+        "on the front",
+    )
     best = pareto.front(points)
     table = [
         [
             Cell(point["model"]),
             Cell(point["family"]),
             Cell.number(point["top1"], ".2f"),
+            Cell.number(point.get("paper_top1"), ".1f"),
             Cell.number(point["resolution"], "d"),
             Cell.number(point["before_ms"], ".2f"),
             Cell.number(point.get("after_ms"), ".2f"),

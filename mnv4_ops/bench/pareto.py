@@ -93,7 +93,7 @@ def measure(
     known = sorted({row.family for row in published.checkpoints()})
     if not chosen:
         raise BenchError(f"--family: expected some of {', '.join(known)}, got {', '.join(families)!r}")
-    points = []
+    points, paper = [], published.paper()
     for row in chosen:
         side = resolution or row.resolution
         request = PointRequest(row.checkpoint, side, threads, repeats=repeats, seconds=seconds)
@@ -101,7 +101,8 @@ def measure(
             found = run.run_cell(measure_point, request, row.short, console, threads)
         except RuntimeError as error:
             raise BenchError(f"{row.short}: the measuring process failed: {str(error).splitlines()[-1]}") from error
-        points.append({"model": row.short, **asdict(row), "measured_resolution": side, **found})
+        quoted = paper.get(row.short, {}).get("top1")
+        points.append({"model": row.short, "paper_top1": quoted, **asdict(row), "measured_resolution": side, **found})
     document = {
         "schema": SCHEMA,
         "environment": machine.environment(),
@@ -114,7 +115,7 @@ def measure(
     return run.Outcome(document, markdown(document), ok)
 
 
-_COLUMNS = ("model", "family", "published top-1", "resolution", "before ms", "after ms", "speed-up", "front")
+_COLUMNS = ("model", "family", "timm top-1", "paper top-1", "resolution", "before ms", "after ms", "speed-up", "front")
 
 
 def rows_of(document: dict[str, Any]) -> list[list[str]]:
@@ -124,6 +125,7 @@ def rows_of(document: dict[str, Any]) -> list[list[str]]:
             point["model"],
             point["family"],
             f"{point['top1']:.2f} %",
+            f"{point['paper_top1']:.1f} %" if point.get("paper_top1") else "",
             str(point["measured_resolution"]),
             f"{point['before_ms']:.2f}",
             f"{point['after_ms']:.2f}" if point["after_ms"] else "",
