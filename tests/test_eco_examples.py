@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import importlib.util
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +42,19 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def run(command: list[Any], cwd: Path, **environment: str) -> None:
-    # beside the source of the package lies no library
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONSAFEPATH": "1", **environment}
+def environment(**options: str) -> dict[str, str]:
+    # without the folder that pytest runs in: beside the source of the package lies no library
+    return {**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONSAFEPATH": "1", **options}
+
+
+def run(command: list[Any], cwd: Path, **options: str) -> None:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment(**options),
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -115,3 +132,66 @@ def test_ray_over_a_folder_loses_no_image(images: Path, tmp_path: Path) -> None:
     rows = [row for path in output.glob("*.csv") for row in csv.DictReader(path.open())]
     assert sorted(row["name"] for row in rows) == sorted(NAMES)
     assert all(0 < float(row["probability"]) <= 1 for row in rows)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """Its address on the loopback."""
+    pytest.importorskip("litserve", reason="waits for pip install litserve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLES / "serve_litserve.py"), *OPTIONS[:3], "--batch", "4", "--wait", "0.05"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            cwd=tmp_path, env=environment(), stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 200
+            while True:
+                try:
+                    urllib.request.urlopen(f"{address}/health", timeout=5).read()
+                    break
+                except OSError:
+                    assert process.poll() is None, (tmp_path / "log").read_text()
+                    assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                    time.sleep(0.2)
+            yield address
+        finally:
+            # its workers with it
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def test_a_server_answers_under_load(server: str, images: Path) -> None:
+    """48 requests from 8 clients: each gets its own answer, and some share a call of the model."""
+    spec = importlib.util.spec_from_file_location("serve_litserve", EXAMPLES / "serve_litserve.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    api = example.Classifier(OPTIONS[1], False, 1, max_batch_size=4)
+    requests = [{"image": base64.b64encode((images / name).read_bytes()).decode()} for name in NAMES]
+    api.device = "cpu"
+    api.setup("cpu")
+    wants = [api.predict(api.decode_request(request)[None])[0] for request in requests]
+
+    def ask(i: int) -> dict[str, Any]:
+        body = json.dumps(requests[i % len(requests)]).encode()
+        request = urllib.request.Request(f"{server}/predict", body, {"Content-Type": "application/json"})
+        return json.loads(urllib.request.urlopen(request, timeout=60).read())
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(48)))
+    for i, answer in enumerate(answers):
+        want = wants[i % len(wants)]
+        assert answer["class"] == want["class"]
+        assert answer["probability"] == pytest.approx(want["probability"], abs=1e-5)
+    assert max(answer["batch"] for answer in answers) > 1
+    assert max(answer["batch"] for answer in answers) <= 4
