@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mnv4_ops import _native
@@ -208,11 +209,16 @@ def test_pareto_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("matplotlib", "timm", "skimage"):
         pytest.importorskip(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # set by the measurement, which runs in this process here
+    monkeypatch.setenv("MNV4_OPS_STRICT", "0")
+    monkeypatch.setattr(pareto.run, "run_cell", lambda task, request, *rest: task(request, lambda event: None))
+    threads = torch.get_num_threads()
     few = [row for row in pareto.published.checkpoints() if row.short in ("conv_small", "mobilenetv3_small_100")]
     monkeypatch.setattr(pareto.published, "checkpoints", lambda *families: few)
     file = tmp_path / "pareto.json"
     arguments = ["pareto", "--resolution", "64", "--repeats", "1", "--seconds", "1", "--json", str(file)]
     result = runner.invoke(app, [*arguments, "--plot", str(tmp_path), "--markdown", str(tmp_path / "pareto.md")])
+    torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     document = json.loads(file.read_text())
     v4, v3 = document["points"]

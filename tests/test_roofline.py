@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mnv4_ops.bench import ceilings, layers, published, roofline, roofline_report
+from mnv4_ops.bench import ceilings, layers, plots, published, roofline, roofline_plot, roofline_report
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.cli import app
 from mnv4_ops.spec import MODELS, VARIANTS, head_spec, ledger
@@ -188,15 +188,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
 
 
-def test_figures_are_the_same_bytes_on_every_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", plots.FORMATS)
+def test_figures_are_the_same_bytes_on_every_run(kind: str) -> None:
     pytest.importorskip("matplotlib")
-    ridges = roofline_report.ridges_of(["0", "100"])
-    runs = []
-    for name in ("a", "b"):
-        folder = tmp_path / name
-        files = roofline_report.write_figures(folder, ["conv_small"], ridges, 96, sweep=False, scale=roofline.ONE)
-        runs.append([file.read_bytes() for file in files])
-    assert runs[0] == runs[1]
+    rows = roofline.blocks("conv_small", 96)
+    first, second = (plots.render(roofline_plot.model_curve("conv_small", rows), kind) for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.parametrize(
