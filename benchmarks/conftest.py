@@ -143,6 +143,11 @@ def clock(benchmark: Any, smoke: bool) -> Clock:
     return measure
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Versions, CPU, tier and commit beside what pytest-benchmark says of the machine."""
+    output_json["environment"] = machine.environment()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # a compiler's pool beside a measurement would take its cores
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

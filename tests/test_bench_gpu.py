@@ -103,6 +103,8 @@ def test_a_tiny_cell(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_left_out", lambda name, dtype: None)
     monkeypatch.setattr(gpu_clock, "captured", lambda run: run)
     monkeypatch.setattr(gpu_clock.interleave, "__kwdefaults__", {**gpu_clock.interleave.__kwdefaults__, "span": _wall})
+    monkeypatch.setattr(gpu_clock, "cold_span", _wall)
+    monkeypatch.setattr(gpu, "_COLD_ROUNDS", 1)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
@@ -110,11 +112,15 @@ def test_a_tiny_cell(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     peers = ("cudnn_graph", "eager", "eager_cl")
     request = gpu.GpuRequest("mobilenetv4_conv_small", 2, "float16", 64, None, peers, "test", rounds=1, seconds=0.1)
     events: list[Any] = []
+    # a second thread on a busy core makes every parallel region wait for it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with standin.serving_cpu(monkeypatch) as patch:
         if wrong:
             write = standin._Runner._write
             patch.setattr(standin._Runner, "_write", lambda self, x, y, *a: write(self, x, y * 1.05, *a))
         cell = gpu.measure(request, events.append)
+    torch.set_num_threads(threads)
     assert events[0] == {"stage": "load"}
     if wrong:
         assert "wrong answer" in cell["red"]
@@ -126,6 +132,7 @@ def test_a_tiny_cell(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cell["unavailable"]
     assert cell["calls"]["mnv4_ops"]["speedup_vs_best_peer"] > 0
     assert cell["graphs"]["mnv4_ops"]["best_peer"] == "cudnn_graph"
+    assert all(facts["cold_median_ms"] > 0 for facts in cell["graphs"].values())
     assert cell["served"]["fused"] == 18
     assert not cell["served"]["original"]
     assert cell["memory_ratio"] == 1.0

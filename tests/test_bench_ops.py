@@ -349,7 +349,9 @@ def test_no_suite_rots(tmp_path: Path) -> None:
         [*command, "--benchmark-json", str(tmp_path / "smoke.json")], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]
+    document = json.loads((tmp_path / "smoke.json").read_text())
+    assert {"commit", "packages", "cpu"} <= set(document["environment"])
+    found = document["benchmarks"]
     assert {bench["extra_info"]["op"] for bench in found} == {"model", *(op.name for op in ops.OPS)}
     for bench in found:
         assert "mnv4_ops" in bench["extra_info"]["variants"]

@@ -32,6 +32,7 @@ PEERS = tuple(peer.name for peer in registry.GPU_PEERS)
 # of the error that the 2x rule allows us; torch.compile keeps other intermediates in fp32 than eager does
 PEER_SLACK = 2.0
 _CHUNK = 16
+_COLD_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,9 @@ def measure(request: GpuRequest, notify: Notify) -> dict[str, Any]:
             on_round=lambda done, total: notify({"stage": "round", "done": done, "total": total}),
         )
         _store(cell["graphs"], timed)
+        cold = gpu_clock.interleave(graphs, rounds=_COLD_ROUNDS, seconds=request.seconds / 4, span=gpu_clock.cold_span)
+        for name, values in cold.items():
+            cell["graphs"][name]["cold_median_ms"] = values.median_ms
         _store(cell["calls"], timing.interleave(calls, repeats=request.rounds, seconds=request.seconds))
         for kind, runs in (("graphs", graphs), ("calls", calls)):
             if OURS in runs and not judge(runs[OURS](), plain, truth)["ok"]:

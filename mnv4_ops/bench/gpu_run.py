@@ -15,7 +15,7 @@ from mnv4_ops.bench.run import Outcome
 _METHOD = {
     "order": "all variants interleaved in one process, random order per round",
     "graphs": "every variant captured into a CUDA graph by the caller; per turn one warm-up replay, then five spans of "
-    "replays of about 2 ms between two events; milliseconds per replay",
+    "replays of about 2 ms between two events; milliseconds per replay (cold_median_ms: L2 flushed before each)",
     "calls": "host wall clock of a call and torch.cuda.synchronize(); per turn one warm-up call, then 1 to 12 calls",
     "statistics": "median, 20 % and 80 % quantiles, minimum",
     "input": "on the device, channels_last (NCHW for timm eager NCHW); a graph reads it in place, "
