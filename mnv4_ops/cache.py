@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mnv4_ops import _native
 from mnv4_ops.adapters.record import Call, Part, Recipe, Recorder, Unsupported
-from mnv4_ops.ops import cuda
+from mnv4_ops.ops import conditions, cuda
 from mnv4_ops.ops.backends import BY_DEVICE
 from mnv4_ops.ops.layout import LAYOUTS, Layout, Params, name_of
 
@@ -104,6 +104,7 @@ class Plan:
     dtype: torch.dtype | None = None  # of the weights
     device: torch.device | None = None
     index: int = -2  # of the device, as Tensor.get_device() gives it
+    lane: Any = None  # of a model that is one program on the CPU; False where there can be none
 
     def mismatch(self, x: Tensor) -> str | None:
         """Why this input does not go with the weights, or None."""
@@ -137,6 +138,8 @@ class _Side:
 
 
 _sides: dict[int, _Side] = {}
+# the short ways of whole models by the id of the module: (module, input) -> output, or None for the long way
+lanes: dict[int, Callable[[Any, Any], Tensor | None]] = {}
 
 
 def _side(module: nn.Module) -> _Side:
@@ -148,9 +151,24 @@ def _side(module: nn.Module) -> _Side:
             held = _sides.get(key)
             if held is not None and held.ref is ref:
                 del _sides[key]
+                lanes.pop(key, None)
 
         side = _sides[key] = _Side(module, weakref.ref(module, gone))
+        lanes.pop(key, None)
     return side
+
+
+def learn(module: nn.Module, plan: Plan, x: Tensor, out: Tensor) -> None:
+    """Lets later calls of a whole model take its lane, for inputs like this one, which has just gone the long way."""
+    core = _native.core
+    assert core is not None
+    if plan.lane is None:
+        good = plan.index == -1 and plan.dtype is torch.float32 and plan.program is not None and core.lanes_found()
+        plan.lane = good and core.Lane(_side(module).ref, plan.guard, plan.program.native, conditions.HOOKS)
+    if plan.lane and plan.lane.learn(x, tuple(out.shape)) and id(module) not in lanes:
+        with _lock:
+            if find(module, "forward") is plan:
+                lanes[id(module)] = plan.lane.call
 
 
 def find(module: nn.Module, name: str) -> Plan | None:
@@ -196,7 +214,10 @@ def _steps(rec: Recorder, plan: Plan, recipe: Recipe, force: bool) -> Iterator[S
     def flush(emit: bool = False) -> Iterator[Step]:
         nonlocal method
         if pending:
-            program = pending[0].backend.program([(p.native, p.layout) for p in pending])
+            try:
+                program = pending[0].backend.program([(p.native, p.layout) for p in pending])
+            except ValueError as error:  # parts that do not follow on each other
+                raise Unsupported(str(error)) from None
             yield Step(program, None, tuple(covered), method, emit, tuple(p.layout.op for p in pending))
             pending.clear()
             covered.clear()
@@ -250,6 +271,8 @@ def renew(module: nn.Module, name: str, describe: Callable[[Recorder], Part | Re
             except Unsupported as error:
                 plan.reason = str(error)
         _side(module).plans[name] = plan
+        if name == "forward":
+            lanes.pop(id(module), None)
         return plan
 
 
@@ -295,6 +318,7 @@ def drop(modules: Iterator[nn.Module] | None = None) -> None:
                 if module is not None and plan.device is not None and BY_DEVICE[plan.device.type] is cuda:
                     at_once.append((module, name, plan))
             side.plans.clear()
+            lanes.pop(id(module), None)
             for packed in side.packed.values():
                 packed.key = None
         for module, name, plan in at_once:

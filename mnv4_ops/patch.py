@@ -223,6 +223,22 @@ def _wrap(target: Target, cls: type, original: Any) -> Any:
             return _mnv4_serve(self, x)
 
         forward = with_mask
+    elif serve.laned(target):
+        _mnv4_lanes = cache.lanes
+
+        def laned(self: Any, x: Any) -> Any:
+            if not (_mnv4_switch.everything or id(self) in _mnv4_switch.ids):
+                return _mnv4_original(self, x)
+            if _mnv4_compiling():
+                return _mnv4_trace(self, x)
+            lane = _mnv4_lanes.get(id(self))
+            if lane is not None:
+                out = lane(self, x)
+                if out is not None:
+                    return out
+            return _mnv4_serve(self, x)
+
+        forward = laned
     else:
 
         def plain(self: Any, x: Any) -> Any:

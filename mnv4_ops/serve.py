@@ -14,7 +14,7 @@ import torch
 import torch.autograd.profiler as _profiler
 from torch import Tensor, nn
 
-from mnv4_ops import cache, graphs, traced
+from mnv4_ops import _native, cache, graphs, traced
 from mnv4_ops.adapters import TARGETS, Target
 from mnv4_ops.adapters.record import Part, Recorder, Unsupported
 from mnv4_ops.ops import conditions
@@ -119,9 +119,12 @@ def observe() -> Iterator[Report]:
     """Collects what the wrappers of this thread do."""
     before = getattr(_local, "report", None)
     _local.report = report = Report()
+    pause = getattr(_native.core, "pause_lanes", lambda _: None)
+    pause(1)
     try:
         yield report
     finally:
+        pause(-1)
         _local.report = before
 
 
@@ -258,11 +261,17 @@ def extra(target: Target, original: Any) -> Callable[[Any, Any, Any], Any]:
     return run
 
 
+def laned(target: Target) -> bool:
+    """Whether a method is the forward of a whole model, which may have a short way (`cache.lanes`)."""
+    return not target.block and target.plans == ("forward",)
+
+
 def model(target: Target, cls: type, original: Any) -> Callable[..., Any]:
     """The wrapper's work for a method of a whole model."""
     describers = [_describer(target, cls, plan) for plan in target.plans]
     pyramid = "feature_pyramid" in target.plans
     graphed = target.method in graphs.METHODS
+    learns = laned(target)
 
     def run(self: Any, x: Any, *flags: Any) -> Any:
         which = 1 if flags and flags[0] else 0
@@ -284,6 +293,8 @@ def model(target: Target, cls: type, original: Any) -> Callable[..., Any]:
                         out = graphs.run(self, name, plan.program, x)
                     else:
                         out = _ranged(_ops(plan), plan.run, x) if _profiler._is_profiler_enabled else plan.run(x)
+                        if learns and not grad and not observed:
+                            cache.learn(self, plan, x, out)
                 except NoFit as error:
                     reason = str(error)
                 else:

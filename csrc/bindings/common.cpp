@@ -6,11 +6,16 @@ namespace mnv4 {
 namespace {
 
 thread_local Arena input_arena;
-constexpr std::size_t kKept = 1 << 20;
+constexpr std::size_t kKept = 1 << 20, kWorkspaceKept = 2 << 20;  // floats
 
 }  // namespace
 
 Arena& scratch_arena() {
+  thread_local Arena arena;
+  return arena;
+}
+
+Arena& workspace_arena() {
   thread_local Arena arena;
   return arena;
 }
@@ -132,6 +137,13 @@ void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, 
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
   run(ops, *plan, active_kernels(), in, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena,
       seconds);
+}
+
+void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads) {
+  const std::size_t need = n > 0 ? p.plans.get(p.ops, n, h, w, threads)->workspace() : 0;
+  Arena large;
+  float* workspace = need > 0 ? (need > kWorkspaceKept ? large : workspace_arena()).get(need) : nullptr;
+  run_ops(p.ops, &p.plans, x, n, h, w, s, out, reinterpret_cast<Address>(workspace), threads);
 }
 
 }  // namespace mnv4

@@ -48,6 +48,8 @@ struct Arena {
 };
 /// Of the calling thread.
 Arena& scratch_arena();
+/// The same for what lies between operations.
+Arena& workspace_arena();
 
 struct Blob {
   char magic[8];
@@ -144,5 +146,14 @@ class Plans {
 
 void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
              Address workspace, int threads, double* seconds = nullptr);
+
+// Program keeps the Python objects of its ops alive.
+struct PyProgram {
+  std::vector<Op> ops;
+  mutable Plans plans;
+  py::list keep;
+};
+/// run_ops in memory of the calling thread; more than a limit lives for this call only.
+void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads);
 
 }  // namespace mnv4

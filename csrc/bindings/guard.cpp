@@ -5,7 +5,7 @@
 // storages are kept alive by aliases (detached tensors): an address that was recorded cannot be given to another
 // tensor, and says which memory it is, whatever the device. A view that was assigned to `.data` may have the same
 // address and another dtype, so that is compared as well.
-#include "guard.h"
+#include "bindings/guard.h"
 
 #include <algorithm>
 #include <array>
@@ -14,12 +14,9 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include "bindings/torch_tensor.h"
 
-namespace py = pybind11;
-
+namespace mnv4 {
 namespace {
 
 // dict versions are globally unique and move with every write; later Pythons have none, every name is looked up there
@@ -58,194 +55,6 @@ const Names& names() {
                           PyUnicode_InternFromString("training"),
                           PyUnicode_InternFromString("forward")};
   return n;
-}
-
-// the C functions behind torch.Tensor's attributes; going through them skips the attribute look-up
-struct TensorApi {
-  PyGetSetDef* version = nullptr;
-  PyGetSetDef* requires_grad = nullptr;
-  PyGetSetDef* dtype = nullptr;
-  PyCFunction data_ptr = nullptr;
-
-  static PyGetSetDef* getset(const py::object& type, const char* name) {
-    py::object d = type.attr(name);
-    if (Py_TYPE(d.ptr()) != &PyGetSetDescr_Type) return nullptr;
-    return reinterpret_cast<PyGetSetDescrObject*>(d.ptr())->d_getset;
-  }
-  TensorApi() {
-    py::object type = py::module_::import("torch").attr("Tensor");
-    version = getset(type, "_version");
-    requires_grad = getset(type, "requires_grad");
-    dtype = getset(type, "dtype");
-    py::object d = type.attr("data_ptr");
-    if (Py_TYPE(d.ptr()) == &PyMethodDescr_Type) {
-      PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(d.ptr())->d_method;
-      if (def->ml_flags == METH_NOARGS) data_ptr = def->ml_meth;
-    }
-  }
-};
-
-const TensorApi& tensor_api() {
-  static TensorApi* api = new TensorApi();
-  return *api;
-}
-
-// new reference, null with an error set
-PyObject* get(PyGetSetDef* def, PyObject* t, const char* name) {
-  return def ? def->get(t, def->closure) : PyObject_GetAttrString(t, name);
-}
-
-bool read_version(PyObject* t, std::int64_t& out) {
-  PyObject* v = get(tensor_api().version, t, "_version");
-  if (!v) return PyErr_Clear(), false;  // an inference tensor has none
-  out = PyLong_AsLongLong(v);
-  Py_DECREF(v);
-  return true;
-}
-
-bool read_data_ptr(PyObject* t, std::uintptr_t& out) {
-  const TensorApi& api = tensor_api();
-  PyObject* v = api.data_ptr ? api.data_ptr(t, nullptr) : PyObject_CallMethod(t, "data_ptr", nullptr);
-  if (!v) return PyErr_Clear(), false;
-  out = reinterpret_cast<std::uintptr_t>(PyLong_AsVoidPtr(v));
-  Py_DECREF(v);
-  return true;
-}
-
-// borrowed: there is one object for each dtype
-PyObject* read_dtype(PyObject* t) {
-  PyObject* v = get(tensor_api().dtype, t, "dtype");
-  if (!v) return PyErr_Clear(), nullptr;
-  Py_DECREF(v);
-  return v;
-}
-
-// Where a tensor object keeps the word that says its dtype, found by trying: reading it costs a load, the attribute 20
-// ns. An equal word means an equal dtype; at another word the attribute is asked, and always where the trial fails.
-struct DtypeWord {
-  std::size_t impl_at = 0, word_at = 0;  // bytes; 0: not found
-
-  using Word = std::uint16_t;
-
-  template <class T>
-  static T load(const void* base, std::size_t at) {
-    T v;
-    std::memcpy(&v, static_cast<const char*>(base) + at, sizeof v);
-    return v;
-  }
-  Word read(PyObject* t) const { return load<Word>(load<const void*>(t, impl_at), word_at); }
-  DtypeWord() {
-    constexpr std::size_t kImplBytes = 176;  // the least size of what a tensor object refers to
-    if (sizeof(void*) != 8) return;
-    py::module_ torch = py::module_::import("torch");
-    std::vector<py::object> tensors;
-    // two of each dtype and of different sizes
-    for (const char* name : {"float32", "float16", "bfloat16", "float64", "int32", "int64", "int8", "uint8"})
-      for (int size : {1, 3}) tensors.push_back(torch.attr("zeros")(size, py::arg("dtype") = torch.attr(name)));
-    const auto size = static_cast<std::size_t>(Py_TYPE(tensors[0].ptr())->tp_basicsize);
-    std::size_t found = 0;
-    for (std::size_t at = sizeof(PyObject); !found && at + 8 <= size; at += 8) {
-      bool all = true;
-      for (const py::object& t : tensors)
-        all = all && load<std::uint64_t>(t.ptr(), at) == t.attr("_cdata").cast<std::uint64_t>();
-      if (all) found = at;
-    }
-    if (!found) return;
-    impl_at = found;
-    for (std::size_t at = 64; at + sizeof(Word) <= kImplBytes; at += sizeof(Word)) {
-      word_at = at;
-      bool good = true;
-      for (std::size_t i = 0; good && i < tensors.size(); ++i)
-        for (std::size_t j = 0; good && j < i; ++j)
-          good = (read(tensors[i].ptr()) == read(tensors[j].ptr())) == (i / 2 == j / 2);
-      py::object t = tensors[0];
-      const Word before = read(t.ptr());
-      t.attr("data") = t.attr("data").attr("view")(torch.attr("int32"));
-      good = good && read(t.ptr()) != before;
-      t.attr("data") = t.attr("data").attr("view")(torch.attr("float32"));
-      if (good && read(t.ptr()) == before) return;
-    }
-    impl_at = word_at = 0;
-  }
-};
-
-const DtypeWord& dtype_word() {
-  static DtypeWord* word = new DtypeWord();
-  return *word;
-}
-
-// torch's own functions behind _version and data_ptr(), called without a Python object in between: 5 ns instead of 20.
-// One is a C function of torch's stable interface, the other a method without parameters. Both take the address of a
-// tensor, which is one pointer to its object. Used only if they give the attributes' answers; null otherwise.
-struct TensorFunctions {
-  std::int64_t (*version)(const void* const*) = nullptr;
-  std::int32_t (*data_ptr)(const void* const*, void**) = nullptr;
-
-  bool same(PyObject* t, bool versioned, std::int64_t v, std::uintptr_t address) const {
-    const void* impl = DtypeWord::load<const void*>(t, dtype_word().impl_at);
-    void* now = nullptr;
-    try {
-      return (!versioned || version(&impl) == v) && data_ptr(&impl, &now) == 0 &&
-             reinterpret_cast<std::uintptr_t>(now) == address;
-    } catch (...) {  // it has become an inference tensor
-      return false;
-    }
-  }
-  bool read(PyObject* t, std::int64_t& v, std::uintptr_t& address) const {
-    const void* impl = DtypeWord::load<const void*>(t, dtype_word().impl_at);
-    void* now = nullptr;
-    try {
-      v = version(&impl);
-    } catch (...) {  // an inference tensor
-      v = -1;
-    }
-    if (data_ptr(&impl, &now) != 0) return false;
-    address = reinterpret_cast<std::uintptr_t>(now);
-    return true;
-  }
-  TensorFunctions() {
-#if defined(__linux__)
-    if (!dtype_word().impl_at) return;
-    py::module_ torch = py::module_::import("torch");
-    const std::string path = py::cast<std::string>(torch.attr("__file__"));
-    void* library = dlopen((path.substr(0, path.rfind('/')) + "/lib/libtorch_cpu.so").c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    if (library == nullptr) return;
-    version = reinterpret_cast<decltype(version)>(dlsym(library, "_ZNK2at10TensorBase8_versionEv"));
-    data_ptr = reinterpret_cast<decltype(data_ptr)>(dlsym(library, "aoti_torch_get_data_ptr"));
-    bool good = version != nullptr && data_ptr != nullptr;
-    const py::object ordinary = torch.attr("inference_mode")(false);  // the first call may come from inside of it
-    ordinary.attr("__enter__")();
-    for (int i = 0; good && i < 8; ++i) {
-      py::object t = torch.attr("zeros")(i + 2)[py::slice(i, i + 2, 1)];
-      for (int j = 0; j <= i; ++j) t.attr("zero_")();
-      std::int64_t v = 0;
-      std::uintptr_t a = 0;
-      good = read_version(t.ptr(), v) && v > i && read_data_ptr(t.ptr(), a) && same(t.ptr(), true, v, a) &&
-             !same(t.ptr(), true, v + 1, a) && !same(t.ptr(), true, v, a + 4);
-    }
-    ordinary.attr("__exit__")(py::none(), py::none(), py::none());
-    if (!good) version = nullptr, data_ptr = nullptr;
-#endif
-  }
-};
-
-const TensorFunctions& tensor_functions() {
-  static TensorFunctions* functions = new TensorFunctions();
-  return *functions;
-}
-
-bool is_tensor(PyObject* t) {
-  static PyTypeObject* type =
-      reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
-  return PyObject_TypeCheck(t, type) != 0;
-}
-
-bool read_requires_grad(PyObject* t) {
-  PyObject* v = get(tensor_api().requires_grad, t, "requires_grad");
-  if (!v) return PyErr_Clear(), true;
-  const bool yes = v == Py_True;
-  Py_DECREF(v);
-  return yes;
 }
 
 inline void prefetch_line(const void* p) {
@@ -347,6 +156,8 @@ struct ModuleRecord {
   std::vector<TensorRecord> counters;  // num_batches_tracked: moves only while training, which writes to the module
   std::string path;
 };
+
+}  // namespace
 
 class Guard {
  public:
@@ -519,6 +330,11 @@ class Guard {
   std::string where_;
 };
 
+Guard* guard_of(py::handle h) { return h.cast<Guard*>(); }
+int check(Guard& guard, py::handle root) { return guard.check(root, false); }
+
+namespace {
+
 /// Addresses and versions of a list of tensors (or None) as two byte strings: a key, and what tells a changed content.
 py::tuple fingerprint(const py::list& tensors) {
   const std::size_t n = tensors.size();
@@ -590,3 +406,5 @@ void bind_guard(py::module_& m) {
   m.def("fingerprint", &fingerprint, py::arg("tensors"),
         "(addresses, (versions, dtypes)) of a list of tensors or None, as bytes");
 }
+
+}  // namespace mnv4

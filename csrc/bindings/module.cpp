@@ -4,6 +4,7 @@
 
 #include "bindings/common.h"
 #include "bindings/guard.h"
+#include "bindings/lane.h"
 #include "bindings/mqa.h"
 #include "core/cpu_features.h"
 #include "core/parallel.h"
@@ -19,13 +20,6 @@ Act act_of(const std::string& name, const char* argument) {
   if (name == "gelu") return Act::gelu;
   throw std::invalid_argument(std::string(argument) + " = '" + name + "', expected none, relu, relu6 or gelu");
 }
-
-// Program keeps the Python objects of its ops alive.
-struct PyProgram {
-  std::vector<Op> ops;
-  mutable Plans plans;
-  py::list keep;
-};
 
 py::dict cpu_dict() {
   const CpuInfo& c = cpu_info();
@@ -271,4 +265,5 @@ PYBIND11_MODULE(_core, m) {
       py::arg("threads"));
 
   bind_guard(m);
+  bind_lane(m);
 }

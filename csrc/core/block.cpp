@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/own_pixels.h"
 #include "core/rows.h"
 
 namespace mnv4 {
@@ -127,21 +128,29 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
   const int k2 = d_.mid_kernel, s2 = d_.mid_stride;
   const std::ptrdiff_t pitch1 = static_cast<std::ptrdiff_t>(g.left1 + g.w + g.right1) * kUnit;
   const std::ptrdiff_t pitch2 = static_cast<std::ptrdiff_t>(g.left2 + g.w1 + g.right2) * kUnit;
-  const std::ptrdiff_t plane2 = pitch2 * p.ring_rows;
   const bool shared = t.n > 1 && !t.own_pixels;  // the work of a stage is dealt out over the threads
+  // one's own pixels lie alone, as if those of the others were in front of them
+  const OwnPixels own = t.own_pixels ? OwnPixels(d_, g, p, t.n) : OwnPixels();
+  const Range own_rows = t.own_pixels && mid ? own.expanded_rows(t.tid) : Range{0, 0};
+  const std::ptrdiff_t plane2 = t.own_pixels ? own.expanded_unit : pitch2 * p.ring_rows;
   float* front = t.shared;
-  float* expanded = front + p.front;
-  float* middle = expanded + p.expanded;
+  float* expanded = front + (t.own_pixels ? own.front : static_cast<std::ptrdiff_t>(p.front));
+  float* middle = expanded + (t.own_pixels ? own.expanded : static_cast<std::ptrdiff_t>(p.expanded));
+  if (t.own_pixels) {
+    front -= static_cast<std::ptrdiff_t>(t.pixels(0, g.h1 * g.w1).lo) * kUnit;
+    middle -= static_cast<std::ptrdiff_t>(t.pixels(0, g.h2 * g.w2).lo) * kUnit;
+  }
 
   int have = 0;  // expanded rows below this one are in the ring
   for (int o0 = y0; o0 < y1; o0 += p.band) {
     const int o1 = std::min(y1, o0 + p.band);
-    const int e0 = mid ? std::max(0, o0 * s2 - g.top2) : o0;
-    const int e1 = mid ? std::min(g.h1, (o1 - 1) * s2 - g.top2 + k2) : o1;
+    const int e0 = mid ? (t.own_pixels ? 0 : std::max(0, o0 * s2 - g.top2)) : o0;
+    const int e1 = mid ? (t.own_pixels ? g.h1 : std::min(g.h1, (o1 - 1) * s2 - g.top2 + k2)) : o1;
     const int n0 = p.ring && o0 > y0 ? std::max(e0, have) : e0;  // rows to compute now
     const int n1 = std::max(n0, e1), rows = n1 - n0;
     have = n1;
 
+    const std::ptrdiff_t front_plane = t.own_pixels ? own.front_unit : static_cast<std::ptrdiff_t>(rows) * g.w1 * kUnit;
     // front: start depthwise of all input units
     const Range front_pixels = t.pixels(n0 * g.w1, n1 * g.w1);
     if (start && front_pixels.hi > front_pixels.lo) {
@@ -164,7 +173,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           if (straight) {
             a.dst = out.p + i * out.unit + o0 * out.row, a.dst_pix = out.pix, a.dst_row = out.row;
           } else {
-            a.dst = front + static_cast<std::ptrdiff_t>(i) * rows * g.w1 * kUnit;
+            a.dst = front + i * front_plane;
             a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
           }
           depthwise_pixels(k, a, g.top1, g.w1, n0 * g.w1, front_pixels.lo, front_pixels.hi, [&](int y) {
@@ -173,7 +182,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           if (alone && !straight) {
             const int channels = i + 1 == uo ? n_last : kUnit;
             for (int r = 0; r < rows; ++r) {
-              k.store_unit(front + (static_cast<std::ptrdiff_t>(i) * rows + r) * g.w1 * kUnit,
+              k.store_unit(front + i * front_plane + static_cast<std::ptrdiff_t>(r) * g.w1 * kUnit,
                            out.p + i * out.unit + (o0 + r) * out.row, out.pix, out.chan, g.w1, channels);
             }
           }
@@ -191,7 +200,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     GemmArgs in;
     if (start) {
       in.a = front, in.a_pix = kUnit, in.a_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
-      in.a_blk = static_cast<std::ptrdiff_t>(rows) * g.w1 * kUnit;
+      in.a_blk = front_plane;
     } else {
       in.a = x.p + n0 * x.row, in.a_pix = x.pix, in.a_row = x.row, in.a_blk = x.unit;
     }
@@ -206,7 +215,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     to.c = out.p + o0 * out.row, to.c_pix = out.pix, to.c_row = out.row, to.c_unit = out.unit;
     if (d_.residual) to.res = x.p + o0 * x.row, to.r_pix = x.pix, to.r_row = x.row, to.r_unit = x.unit;
 
-    const std::ptrdiff_t middle_plane = static_cast<std::ptrdiff_t>(o1 - o0) * g.w2 * kUnit;
+    const std::ptrdiff_t middle_plane =
+        t.own_pixels ? own.middle_unit : static_cast<std::ptrdiff_t>(o1 - o0) * g.w2 * kUnit;
     for (int c0 = 0; d_.expand && c0 < ue; c0 += p.chunk) {
       const int c1 = std::min(ue, c0 + p.chunk);
       const std::ptrdiff_t b_unit = static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit;
@@ -234,23 +244,21 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
       } else {
         // a thread expands its own units and runs the mid depthwise on them: no barrier in between
         float* base = expanded + (p.ring ? static_cast<std::ptrdiff_t>(c0) * plane2 : 0);
-        auto slot = [&](int e) { return (p.ring ? e : e - e0) % p.ring_rows; };
+        auto slot = [&](int e) { return t.own_pixels ? e - own_rows.lo : (p.ring ? e : e - e0) % p.ring_rows; };
         const Range before = t.pixels(n0 * g.w1, n1 * g.w1), after = t.pixels(o0 * g.w2, o1 * g.w2);
         const int task = std::max(2, std::min(kTask, (c1 - c0) / (4 * t.n) * 2));
         t.share(c1 - c0, task, [&](int first, int end, int next) {
-          // the borders belong to the pixels beside them
+          const Range border = t.own_pixels ? own_rows : Range{n0, n1};
           for (int i = first; i < end; ++i) {
-            for (int e = n0; e < n1; ++e) {
+            for (int e = border.lo; e < border.hi; ++e) {
               float* row = base + i * plane2 + slot(e) * pitch2;
-              if (e * g.w1 >= before.lo && e * g.w1 < before.hi) std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
-              const int last = e * g.w1 + g.w1 - 1;
-              if (last >= before.lo && last < before.hi)
-                std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
+              std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
+              std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
             }
           }
           // rows of the ring are consecutive but for the wrap
           for (int e = n0; e < n1;) {
-            const int n = std::min(n1 - e, p.ring_rows - slot(e));
+            const int n = t.own_pixels ? n1 - e : std::min(n1 - e, p.ring_rows - slot(e));
             GemmArgs s = a;
             s.a += (e - n0) * s.a_row;
             s.rows = n, s.units = end - first;
@@ -262,7 +270,10 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
             if (s.p_end > s.p_begin) k.gemm(s);
             e += n;
           }
-          if (t.own_pixels) t.meet();
+          if (t.own_pixels) {
+            t.meet();
+            own.copy_halo(t.tid, end - first, [&](int other) { return base + (other - t.tid) * t.apart; });
+          }
           for (int i = first; i < end; ++i) {
             DepthwiseArgs m;
             m.src = base + i * plane2, m.kernel = k2, m.stride = s2, m.act = d_.act[2];
@@ -376,7 +387,8 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
   Team t = member(team, r.tid, r.n, r.arena);
   if (share == Share::pixels) {
-    t.own_pixels = true;
+    t.own_pixels = true, t.shared = r.scratch(r.tid), t.apart = static_cast<std::ptrdiff_t>(r.scratch_floats);
+    t.local = t.shared + OwnPixels(d_, g, team, r.n).floats();
     for (int i = whole; i < n; ++i) {
       if (i > whole && has(Stage::mid)) t.meet();  // others may still read the expanded rows of the image before
       run_rows(*r.kernels, t, x.at(i), out.at(i), n_last, g, 0, g.h2);
@@ -397,7 +409,12 @@ std::size_t Block::scratch_floats(int h, int w, int threads) const {
   std::size_t most = need(g.h2, 1);
   if (threads > 1) {
     most = std::max(most, need(g.h2, threads));
-    if (share_of(g, threads) == Share::rows)
+    const Share share = share_of(g, threads);
+    if (share == Share::pixels) {
+      const Plan p = plan(g, g.h2, threads);
+      most = std::max(most, round_line(OwnPixels(d_, g, p, threads).floats() + p.local));
+    }
+    if (share == Share::rows)
       most = std::max(most, std::max(need(g.h2 / threads, 1), need((g.h2 + threads - 1) / threads, 1)));
   }
   return most;

@@ -71,9 +71,10 @@ struct Team {
   Barrier* barrier = nullptr;
   float* shared = nullptr;
   float* local = nullptr;
-  Draw* draw = nullptr;     // of a team of several
-  bool own_pixels = false;  // each thread keeps to its own pixels of every stage, for all channels
-  Upcoming after;           // of the next block
+  Draw* draw = nullptr;      // of a team of several
+  bool own_pixels = false;   // each thread keeps to its own pixels of every stage, for all channels
+  std::ptrdiff_t apart = 0;  // then: floats from the scratch of a thread to that of the next
+  Upcoming after;            // of the next block
   /// Calls f(lo, hi, next) on parts of [0, count): all of it alone, otherwise parts of `size`, since a thread may be
   /// slowed down by others on its core. `next` is where the part starts that comes after this one, -1 if none does.
   template <class F>

@@ -56,6 +56,10 @@ Pair pair_at(const std::vector<Op>& ops, std::size_t i, int h, int w) {
   return plan_pair(*block(ops[i]), *block(ops[i + 1]), h, w);
 }
 
+// scratch of a thread begins and ends with a page, where the prefetchers of its core stop
+constexpr std::size_t kPage = 4096 / sizeof(float);
+std::size_t pages(std::size_t floats) { return (floats + kPage - 1) / kPage * kPage; }
+
 struct Call {
   const std::vector<Op>* ops;
   const ProgramPlan* plan;
@@ -133,8 +137,9 @@ void body(void* ctx, int tid, int threads) {
   const std::vector<Op>& ops = *c.ops;
   const ProgramPlan& p = *c.plan;
   Region r;
-  r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.scratch_floats = p.scratch, r.tid = tid,
-  r.n = threads;
+  r.kernels = c.kernels, r.barrier = &c.barrier, r.arena = c.arena, r.tid = tid, r.n = threads;
+  // there may be fewer threads than asked for
+  r.scratch_floats = p.scratch * p.threads / threads / kPage * kPage;
   Draw draw(&c.tickets, tid, threads);
   r.draw = &draw;
   Walk walk(c, r);
@@ -244,7 +249,7 @@ ProgramPlan plan_program(const std::vector<Op>& ops, int n, int h, int w, int th
     p.pairs[i] = i > 0 && p.pairs[i - 1].band > 0 ? Pair{} : pair_at(ops, i, y, x);
     // a region may get fewer threads than asked for
     for (int t = 1; t <= threads; ++t) {
-      const std::size_t need = std::visit([&](auto* o) { return o->scratch_floats(y, x, t); }, op);
+      const std::size_t need = pages(std::visit([&](auto* o) { return o->scratch_floats(y, x, t); }, op));
       p.scratch = std::max(p.scratch, (need * t + threads - 1) / threads);
       if (t == 1) p.scratch = std::max(p.scratch, need);
     }
@@ -254,7 +259,7 @@ ProgramPlan plan_program(const std::vector<Op>& ops, int n, int h, int w, int th
       y = g.h, x = g.w;
     }
   }
-  p.scratch = (p.scratch + 15) / 16 * 16;
+  p.scratch = pages(p.scratch);
   p.prefix = prefix_of(ops, p.pairs, n, h, w, threads);
   for (std::size_t i = 0; i + 1 < ops.size(); ++i) {
     const Size g = size_after(ops[i], h, w);

@@ -15,7 +15,7 @@ from .layout import DTYPES, name_of
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _transforms: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
-_hooks = [
+HOOKS = [
     hooks
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
     if (hooks := getattr(_module, name, None)) is not None
@@ -62,7 +62,7 @@ def reason(x: Any, grad: bool) -> str | None:
         return "torch.jit is tracing"
     if _autocast(device):
         return "autocast is enabled"
-    for hooks in _hooks:
+    for hooks in HOOKS:
         if hooks:
             return "global module hooks are registered"
     if x.is_neg():
