@@ -2,8 +2,8 @@
 // the region.
 //   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
 //   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
-// With the argument "model" all of them run as one program as well, the last region; with "float16" in that precision.
-// One image, channels_last, one thread.
+// With the argument "model" all of them run as one program as well, the last region. One image, channels_last, one
+// thread.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -13,7 +13,6 @@
 #include <string>
 #include <vector>
 
-#include "core/half.h"
 #include "core/program.h"
 
 namespace {
@@ -42,55 +41,28 @@ std::vector<float> numbers(std::size_t n) {
   return v;
 }
 
-template <class T>
-const KernelTableOf<T>& kernels();
-template <>
-const KernelTable& kernels<float>() {
-  return active_kernels();
-}
-template <>
-const HalfTable& kernels<Half>() {
-  return *active_half_kernels();
-}
-
-template <class T>
-void run_once(const OpsOf<T>& ops, int c, int h, int w) {
+void run_once(const std::vector<Op>& ops, int c, int h, int w) {
   const ProgramPlan plan = plan_program(ops, 1, h, w, 1);
   const Shape s = output_shape(ops, 1, h, w);
-  std::vector<T> x, out(static_cast<std::size_t>(s.c) * (s.h > 0 ? s.h * s.w : 1));
-  for (float v : numbers(static_cast<std::size_t>(c) * h * w)) x.push_back(rounded<T>(v));
+  const std::vector<float> x = numbers(static_cast<std::size_t>(c) * h * w);
+  std::vector<float> out(static_cast<std::size_t>(s.c) * (s.h > 0 ? s.h * s.w : 1));
   // buffers at fixed offsets within a page: the count must not depend on where memory happens to lie
-  const Buffer workspace = buffer_of<T>(plan.workspace() + 16), arena = buffer_of<T>(plan.scratch + 16);
-  T* const between = reinterpret_cast<T*>(workspace.get());
-  T* const scratch = reinterpret_cast<T*>(arena.get());
-  const TensorOf<T> in =
-      strided_tensor(x.data(), static_cast<std::ptrdiff_t>(c) * h * w, 1, static_cast<std::ptrdiff_t>(w) * c, c);
-  const KernelTableOf<T>& k = kernels<T>();
-  run(ops, plan, k, in, out.data(), between, scratch);
+  const Buffer workspace = make_buffer(plan.workspace() + 16), arena = make_buffer(plan.scratch + 16);
+  const Tensor in = strided_tensor(const_cast<float*>(x.data()), static_cast<std::ptrdiff_t>(c) * h * w, 1,
+                                   static_cast<std::ptrdiff_t>(w) * c, c);
+  const KernelTable& kernels = active_kernels();
+  run(ops, plan, kernels, in, out.data(), workspace.get(), arena.get());
   mark_begin();
-  run(ops, plan, k, in, out.data(), between, scratch);
+  run(ops, plan, kernels, in, out.data(), workspace.get(), arena.get());
   mark_end();
 }
 
-// Parameters that keep activations of about the same size; the variance belongs to the stage with `terms`.
-struct Parameters {
-  std::vector<float> weight, var;
-  Parameters(std::size_t weights, int channels)
-      : weight(numbers(weights)), var(static_cast<std::size_t>(channels)) {}
-  StageParams of(double terms, bool norm) {
-    StageParams p;
-    p.weight = p.bias = weight.data();
-    std::fill(var.begin(), var.end(), static_cast<float>(std::max(1.0, terms / 24)));
-    if (norm) p.bn_mean = weight.data(), p.bn_var = var.data();
-    return p;
-  }
-};
+}  // namespace
 
-template <class T>
-int drive(bool model) {
-  std::vector<std::unique_ptr<BlockOf<T>>> blocks;
-  std::vector<std::unique_ptr<HeadOf<T>>> heads;
-  OpsOf<T> all;
+int main(int argc, char** argv) {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Head>> heads;
+  std::vector<Op> all;
   int first_c = 0, first_h = 0, first_w = 0;
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream in(line);
@@ -106,11 +78,14 @@ int drive(bool model) {
       for (int i = 0; i < 4; ++i) d.act[i] = static_cast<Act>(act[i]);
       if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
       c = d.c_in;
-      blocks.push_back(std::make_unique<BlockOf<T>>(d));
+      blocks.push_back(std::make_unique<Block>(d));
       const int widest = std::max({d.c_in, d.c_mid, d.c_out}), taps = d.expand_kernel * d.expand_kernel;
-      Parameters p(static_cast<std::size_t>(widest) * std::max(widest * taps, 25), widest);
-      const int terms[kStages] = {d.start_kernel * d.start_kernel, d.c_in * taps, d.mid_kernel * d.mid_kernel, d.c_mid};
-      for (int s = 0; s < kStages; ++s) blocks.back()->pack(static_cast<Stage>(s), p.of(terms[s], true));
+      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * std::max(widest * taps, 25));
+      for (int s = 0; s < kStages; ++s) {
+        StageParams p;
+        p.weight = p.bias = weight.data();
+        blocks.back()->pack(static_cast<Stage>(s), p);
+      }
       all.emplace_back(blocks.back().get());
     } else {
       HeadDesc d;
@@ -119,28 +94,19 @@ int drive(bool model) {
       d.feat_act = static_cast<Act>(feat), d.hidden_act = static_cast<Act>(hidden);
       if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
       c = d.c_in;
-      heads.push_back(std::make_unique<HeadOf<T>>(d));
+      heads.push_back(std::make_unique<Head>(d));
       const int widest = std::max({d.c_in, d.c_feat, d.c_hidden, d.classes});
-      Parameters p(static_cast<std::size_t>(widest) * widest, widest);
-      const int terms[] = {d.c_in, d.c_feat, d.c_hidden};
-      for (int s = 0; s < 3; ++s) heads.back()->pack(s, p.of(terms[s], s < 2));
+      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * widest);
+      for (int s = 0; s < 3; ++s) {
+        StageParams p;
+        p.weight = p.bias = weight.data();
+        heads.back()->pack(s, p);
+      }
       all.emplace_back(heads.back().get());
     }
     if (all.size() == 1) first_c = c, first_h = h, first_w = w;
-    run_once<T>({all.back()}, c, h, w);
+    run_once({all.back()}, c, h, w);
   }
-  if (model) run_once(all, first_c, first_h, first_w);
+  if (argc > 1 && std::strcmp(argv[1], "model") == 0) run_once(all, first_c, first_h, first_w);
   return 0;
-}
-
-}  // namespace
-
-int main(int argc, char** argv) {
-  bool model = false, half = false;
-  for (int i = 1; i < argc; ++i) {
-    model = model || std::strcmp(argv[i], "model") == 0;
-    half = half || std::strcmp(argv[i], "float16") == 0;
-  }
-  if (half && active_half_kernels() == nullptr) return std::fprintf(stderr, "no float16 kernels on this CPU\n"), 2;
-  return half ? drive<Half>(model) : drive<float>(model);
 }
