@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from fuzz_helpers import corpus, fuzz
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernel_helpers import NAN, TestBlock, assert_2x, core, random_layer, run
 from torch import Tensor
@@ -23,12 +24,6 @@ LAYOUTS = ("nchw", "channels_last", "sliced", "sliced_channels", "expanded", "tr
 SAMPLE = 1 << 12
 CHANNELS = st.integers(1, 70)
 SIDES = st.integers(1, 20)
-# the fixtures hold for all examples of a test; hypothesis derandomizes by itself where CI is set
-fuzz = settings(
-    max_examples=70,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -99,6 +94,7 @@ def judge_block(block: TestBlock, x: Tensor, output: Tensor, seed: int) -> None:
     assert_2x(output, plain, truth, more)
 
 
+@corpus("blocks")
 @fuzz
 @given(
     desc=descriptions(),

@@ -97,8 +97,11 @@ void import_blob(T& op, std::uint32_t kind, const py::bytes& bytes) {
   if (b.op != kind) refuse("blob of op kind " + std::to_string(b.op) + ", expected " + std::to_string(kind));
   if (b.dtype != 0) refuse("blob dtype " + std::to_string(b.dtype) + ", expected 0 (float32)");
   if (b.tile != kUnit || std::strncmp(b.isa, "any", sizeof b.isa) != 0) {
-    refuse("blob tile " + std::to_string(b.tile) + " for ISA '" + std::string(b.isa, strnlen(b.isa, sizeof b.isa)) +
-           "', expected 16 for 'any'");
+    std::string isa(b.isa, strnlen(b.isa, sizeof b.isa));
+    for (char& c : isa) {
+      if (c < ' ' || c > '~') c = '?';  // a message has to be UTF-8
+    }
+    refuse("blob tile " + std::to_string(b.tile) + " for ISA '" + isa + "', expected 16 for 'any'");
   }
   const auto n = numbers(op.desc());
   if (std::memcmp(b.desc, n.data(), sizeof b.desc) != 0) refuse("blob was packed for another geometry");

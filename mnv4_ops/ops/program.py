@@ -8,6 +8,7 @@ present and `eps` the numbers, of one op after the other. Input and output are t
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import threading
 import weakref
@@ -59,9 +60,13 @@ def _parse(recipe: str) -> tuple[_Step, ...]:
         raise _error("recipe to be a JSON list of [op, present, args]", f"{recipe!r} ({error})") from None
     if not steps:
         raise _error("recipe with at least one op", recipe)
-    for index, (op, present, _) in enumerate(steps):
-        if op not in LAYOUTS:
+    for index, (op, present, args) in enumerate(steps):
+        if not isinstance(op, str) or op not in LAYOUTS:
             raise _error(f"op {index} of recipe to be one of {', '.join(LAYOUTS)}", repr(op))
+        # after params and eps
+        for value, parameter in zip(args, list(inspect.signature(LAYOUTS[op]).parameters.values())[2:], strict=False):
+            if type(value).__name__ != parameter.annotation:
+                raise _error(f"{parameter.name} of op {index} of recipe to be a {parameter.annotation}", repr(value))
         if op == "head" and index + 1 < len(steps):
             raise _error("head to be the last op of recipe", f"op {index} of {len(steps)}")
         if not isinstance(present, str) or set(present) - {"0", "1"}:
