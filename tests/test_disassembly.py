@@ -14,8 +14,8 @@ from pathlib import Path
 
 # FMA instructions from which on a loop counts as a k-loop: two terms, four accumulators
 MIN_FMA = 2 * 4
-TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*9gemm_tileI.*)>:$")
-SHAPE = re.compile(r"9gemm_tileINS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)ELi(\d+)ELb([01])E")
+TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles)I.*)>:$")
+SHAPE = re.compile(r"(?:9gemm_tile|10lane_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)ELi(\d+)ELb([01])E")
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
 FLOATS = {"Vec512": 16, "Vec256": 8, "VecNeon": 4}
@@ -48,7 +48,7 @@ class Instruction:
 
 
 def _tiles(objdump: str, file: Path) -> dict[str, list[Instruction]]:
-    """Instructions of each instance of gemm_tile, by its mangled name."""
+    """Instructions of each instance of gemm_tile and lane_tiles, by its mangled name."""
     text = subprocess.run(
         [objdump, "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True, check=True
     ).stdout

@@ -156,9 +156,10 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     if (start && front_pixels.hi > front_pixels.lo) {
       const int lo = front_pixels.lo / g.w1 * s1 - g.top1, hi = (front_pixels.hi - 1) / g.w1 * s1 - g.top1 + k1;
       t.share(ui, 1, [&](int first, int end, int) {
-        for (int i = first; i < end; ++i) {
+        for (int i = first, n = 1; i < end; i += n) {
           const int channels = std::min(kUnit, d_.c_in - i * kUnit);
           const bool in_place = k.depthwise_in_place && x.chan == 1 && channels == kUnit;
+          n = in_place ? std::min(end, d_.c_in / kUnit) - i : 1;
           DepthwiseArgs a;
           if (in_place) {
             a.src = x.p + i * x.unit - g.left1 * x.pix, a.src_pix = x.pix, a.width = g.w, a.left = g.left1;
@@ -176,14 +177,17 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
             a.dst = front + i * front_plane;
             a.dst_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
           }
-          depthwise_pixels(k, a, g.top1, g.w1, n0 * g.w1, front_pixels.lo, front_pixels.hi, [&](int y) {
-            return y < 0 || y >= g.h ? -1 : in_place ? y * x.row : (y - lo) * pitch1;
-          });
-          if (alone && !straight) {
-            const int channels = i + 1 == uo ? n_last : kUnit;
+          const auto input_row = [&](int y) -> std::ptrdiff_t {
+            if (y < 0 || y >= g.h) return -1;
+            return in_place ? y * x.row : (y - lo) * pitch1;
+          };
+          depthwise_pixels(k, a, g.top1, g.w1, n0 * g.w1, front_pixels.lo, front_pixels.hi, input_row, n, x.unit,
+                           straight ? out.unit : front_plane);
+          for (int u = i; alone && !straight && u < i + n; ++u) {
+            const int channels = u + 1 == uo ? n_last : kUnit;
             for (int r = 0; r < rows; ++r) {
-              k.store_unit(front + i * front_plane + static_cast<std::ptrdiff_t>(r) * g.w1 * kUnit,
-                           out.p + i * out.unit + (o0 + r) * out.row, out.pix, out.chan, g.w1, channels);
+              k.store_unit(front + u * front_plane + static_cast<std::ptrdiff_t>(r) * g.w1 * kUnit,
+                           out.p + u * out.unit + (o0 + r) * out.row, out.pix, out.chan, g.w1, channels);
             }
           }
         }
@@ -274,15 +278,14 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
             t.meet();
             own.copy_halo(t.tid, end - first, [&](int other) { return base + (other - t.tid) * t.apart; });
           }
-          for (int i = first; i < end; ++i) {
-            DepthwiseArgs m;
-            m.src = base + i * plane2, m.kernel = k2, m.stride = s2, m.act = d_.act[2];
-            m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + i) * k2 * k2 * kUnit;
-            m.bias = bias(Stage::mid) + (c0 + i) * kUnit;
-            m.dst = middle + i * middle_plane;
-            depthwise_pixels(k, m, g.top2, g.w2, o0 * g.w2, after.lo, after.hi,
-                             [&](int e) { return e < 0 || e >= g.h1 ? -1 : slot(e) * pitch2; });
-          }
+          DepthwiseArgs m;
+          m.src = base + first * plane2, m.kernel = k2, m.stride = s2, m.act = d_.act[2];
+          m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + first) * k2 * k2 * kUnit;
+          m.bias = bias(Stage::mid) + (c0 + first) * kUnit;
+          m.dst = middle + first * middle_plane;
+          const auto ring_row = [&](int e) { return e < 0 || e >= g.h1 ? -1 : slot(e) * pitch2; };
+          depthwise_pixels(k, m, g.top2, g.w2, o0 * g.w2, after.lo, after.hi, ring_row, end - first, plane2,
+                           middle_plane);
         });
       }
       t.sync();

@@ -10,10 +10,13 @@ namespace mnv4 {
 
 inline constexpr int kRowsAtOnce = 32;  // rows of one depthwise call, bounds its table of row offsets
 
-/// Depthwise of one unit for output pixels [p0, p1) of an image `w` wide; dst holds rows from that of pixel `origin`
-/// on, dst_row apart (0: one after the other). row(y) is the offset of input row y, negative outside of the image.
+/// Depthwise of `units` units for output pixels [p0, p1) of an image `w` wide; dst holds rows from that of pixel
+/// `origin` on, dst_row apart (0: one after the other). row(y) is the offset of input row y, negative outside of the
+/// image. `a` is that of the first unit; images and planes of the others are src_unit and dst_unit apart.
 template <class Row>
-void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int origin, int p0, int p1, Row row) {
+void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int origin, int p0, int p1, Row row,
+                      int units = 1, std::ptrdiff_t src_unit = 0, std::ptrdiff_t dst_unit = 0) {
+  const DepthwiseArgs first = a;
   const float* src = a.src;
   float* dst = a.dst;
   if (a.dst_row == 0) a.dst_row = static_cast<std::ptrdiff_t>(w) * kUnit;
@@ -30,7 +33,12 @@ void depthwise_pixels(const KernelTable& k, DepthwiseArgs a, int top, int w, int
     a.src = src + x * a.stride * a.src_pix;
     a.dst = dst + (y - origin / w) * a.dst_row + x * a.dst_pix;
     a.first_col = x;
-    k.depthwise(a);
+    a.weight = first.weight, a.bias = first.bias;
+    for (int u = 0; u < units; ++u) {
+      k.depthwise(a);
+      a.src += src_unit, a.dst += dst_unit;
+      a.weight += a.kernel * a.kernel * kUnit, a.bias += kUnit;
+    }
   }
 }
 

@@ -25,12 +25,40 @@ struct VecNeon {
   static MNV4_INLINE reg fma_lane(reg a, reg b, reg c) {
     return vfmaq_laneq_f32(c, a, b, I);
   }
-  static MNV4_INLINE const float* after(const float* p, reg& q, reg& r) {
+  template <int I>
+  static MNV4_INLINE reg mul_lane(reg a, reg b) {
+    return vmulq_laneq_f32(a, b, I);
+  }
+  // 16 floats, and moves on
 #if defined(__clang__)
-    asm("" : "+r"(p), "+w"(q), "+w"(r));
+  using Unit = float32x4x4_t;
+  static MNV4_INLINE Unit load_unit(const float*& p) {
+    const Unit v = vld1q_f32_x4(p);  // one instruction
+    p = hidden(p + 16);
+    return v;
+  }
 #else
-    (void)q, (void)r;  // g++ keeps to the order of the source: see CMakeLists.txt
+  struct Unit {  // g++ 12 copies registers to have four in a row
+    reg val[4];
+  };
+  static MNV4_INLINE Unit load_unit(const float*& p) {
+    const Unit v{{load(p), load(p + 4), load(p + 8), load(p + 12)}};
+    p += 16;
+    return v;
+  }
 #endif
+  // the same pointer, but the compiler does not know
+  static MNV4_INLINE const float* hidden(const float* p) {
+    asm("" : "+r"(p));
+    return p;
+  }
+#if defined(__clang__)
+  static constexpr bool kTies = true;
+#else
+  static constexpr bool kTies = false;  // g++ keeps to the order of the source: see CMakeLists.txt
+#endif
+  static MNV4_INLINE const float* after(const float* p, reg& r) {
+    asm("" : "+r"(p), "+w"(r));
     return p;
   }
   // FMAX and FMIN return NaN when either operand is one
@@ -63,17 +91,23 @@ struct NeonPair {
   // loads and moves on: one instruction
   static MNV4_INLINE reg load_step(const float*& p, std::ptrdiff_t step) {
     const float32x4x2_t v = vld1q_f32_x2(p);
-    p = hidden(p + step);
+    p = VecNeon::hidden(p + step);
     return {v.val[0], v.val[1]};
   }
   static MNV4_INLINE void store(float* p, reg v) { vst1q_f32(p, v.lo), vst1q_f32(p + 4, v.hi); }
-  // the same pointer, but the compiler does not know
-  static MNV4_INLINE const float* hidden(const float* p) {
-    asm("" : "+r"(p));
-    return p;
+  static MNV4_INLINE void store_step(float*& p, std::ptrdiff_t step, reg v) {
+    const float32x4x2_t both{{v.lo, v.hi}};
+    vst1q_f32_x2(p, both);
+    p = const_cast<float*>(VecNeon::hidden(p + step));
   }
+  static MNV4_INLINE const float* hidden(const float* p) { return VecNeon::hidden(p); }
   static MNV4_INLINE reg fma(reg a, reg b, reg c) {
     return {VecNeon::fma(a.lo, b.lo, c.lo), VecNeon::fma(a.hi, b.hi, c.hi)};
+  }
+  static constexpr bool kTies = VecNeon::kTies;
+  static MNV4_INLINE const float* after(const float* p, const reg& r) {
+    asm("" : "+r"(p) : "w"(r.lo), "w"(r.hi));
+    return p;
   }
   static MNV4_INLINE reg max(reg a, reg b) { return {VecNeon::max(a.lo, b.lo), VecNeon::max(a.hi, b.hi)}; }
   static MNV4_INLINE reg min(reg a, reg b) { return {VecNeon::min(a.lo, b.lo), VecNeon::min(a.hi, b.hi)}; }
@@ -86,19 +120,18 @@ struct NeonPair {
 #include "kernels/softmax.h"
 #include "kernels/table.h"
 
-// 32 registers: 6 pixels x 4 vectors of accumulators, the pixels' terms and two vectors of weights fill them; g++ 12
-// wants one more
+// 32 registers: 5 pixels x 4 vectors of accumulators, 5 of the pixels' terms, 4 of weights; g++ 12 spills some of them
 struct Config {
   using V = VecNeon;
 #if defined(__clang__)
-  static constexpr int kTallUnits = 1, kTallRows = 6;
-#else
   static constexpr int kTallUnits = 1, kTallRows = 5;
+#else
+  static constexpr int kTallUnits = 1, kTallRows = 4;
 #endif
   static constexpr int kWideUnits = 2, kWideRows = 2;
-  // 3 x 3: 18 registers of taps and 5 pixels; 5 x 5: 10 and 8 pixels
+  // 16 registers of sums, 6 or 10 of taps, 2 of a pixel
   using Pair = NeonPair;
-  static constexpr int kDwCols3 = 5, kDwCols5 = 8;
+  static constexpr int kDwCols = 8;
 };
 
 constexpr KernelTable kTable = make_table<Config>("neon");

@@ -1,102 +1,128 @@
 // Depthwise k x k over one unit of 16 channels, read where it lies: pixels any distance apart, no borders needed. Two
-// vectors of a pixel at a time (V is a pair), so that one instruction loads and one stores both.
+// vectors of a pixel at a time (V is a pair), so that one instruction loads and one stores both; strips of T columns
+// from the first row to the last, so that what is at the edge of the image is decided once.
 #pragma once
 
-template <class V, int K>
-struct Taps {
-  // 3 x 3 taps stay in registers for all rows; 5 x 5 are loaded a kernel row at a time
-  static constexpr bool kHeld = K == 3;
-  typename V::reg held[kHeld ? K * K : 1];
-  const float* w;
-  MNV4_INLINE explicit Taps(const float* p) : w(p) {
-    if constexpr (kHeld) unroll<K * K>([&](auto i) MNV4_LAMBDA { held[i] = V::load(p + i * kUnit); });
-  }
-  template <int I>
-  MNV4_INLINE typename V::reg at() const {
-    if constexpr (kHeld) return held[I];
-    return V::load(w + I * kUnit);
-  }
-};
+inline constexpr int kUnknown = -1;  // only known at run time
 
-// Input columns [lo, hi) exist, counted from the first one of the tile. Edge: not all of those that it reads do.
-// Pix: floats between pixels, 0: only known at run time.
-template <class V, int K, int S, int T, int Pix, bool Edge>
-MNV4_INLINE void depthwise_tile(const DepthwiseArgs& d, const float* src, const std::ptrdiff_t* row_off,
-                                const Taps<V, K>& taps, const float* bias, float* dst, int lo, int hi) {
+// T columns of all rows. The first L and the last R input columns of the strip lie outside of the image; where that is
+// unknown, columns [lo, hi) exist. Pix: floats between pixels.
+template <class V, int K, int S, int T, int Pix, int L, int R>
+void depthwise_strip(const DepthwiseArgs& args, int v, int x, int lo, int hi) {
   using reg = typename V::reg;
-  constexpr int N = (T - 1) * S + K, P = K / 2;
-  const std::ptrdiff_t pix = Pix > 0 ? Pix : d.src_pix;
-  reg acc[T];
-  // loaded for each pixel: one instruction for both vectors, and no register holds them
-  unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::load(bias = V::hidden(bias)); });
-  unroll<K>([&](auto ky) MNV4_LAMBDA {
-    if (row_off[ky] >= 0) {
-      const float* in = V::hidden(src + row_off[ky]);
-      reg wv[K];
-      unroll<K>([&](auto kx) MNV4_LAMBDA { wv[kx] = taps.template at<ky * K + kx>(); });
-      unroll<N>([&](auto i) MNV4_LAMBDA {
-        auto use = [&](reg v) MNV4_LAMBDA {
+  constexpr bool edge = L == kUnknown;
+  constexpr int N = (T - 1) * S + K, P = K / 2, from = edge ? 0 : L, to = edge ? N : N - R;
+  const DepthwiseArgs d = args;  // a copy that no store can change
+  const std::ptrdiff_t pix = Pix == kUnknown ? d.src_pix : Pix;
+  const float *src = d.src + v + (x * S + from) * pix, *weight = d.weight + v, *row_bias = d.bias + v;
+  float* dst = d.dst + v + x * (Pix == kUnknown ? d.dst_pix : kUnit);
+  const std::ptrdiff_t* row_off = d.row_off;
+  for (int y = 0; y < d.rows; ++y, dst += d.dst_row, row_off += K) {
+    reg acc[T];
+    // loaded for each pixel: one instruction for both vectors, and no register holds them
+    const float* bias = row_bias;
+    unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::load(bias = V::hidden(bias)); });
+    const float* w = V::hidden(weight);
+    unroll<K>([&](auto ky) MNV4_LAMBDA {
+      if (row_off[ky] >= 0) {
+        const float* in = V::hidden(src + row_off[ky]);
+        reg wv[K];
+        unroll<K>([&](auto kx) MNV4_LAMBDA { wv[kx] = V::load(w + (ky * K + kx) * kUnit); });
+        // input i is tap kx of output (i - kx) / S
+        auto use = [&](auto i, reg value) MNV4_LAMBDA {
           unroll<K>([&](auto kx) MNV4_LAMBDA {
-            // input i is tap kx of output (i - kx) / S
-            if constexpr (i >= kx && (i - kx) % S == 0 && (i - kx) / S < T) {
-              acc[(i - kx) / S] = V::fma(v, wv[kx], acc[(i - kx) / S]);
+            constexpr int t = (i - kx) / S;
+            if constexpr (i >= kx && (i - kx) % S == 0 && t < T) {
+              const reg sum = V::fma(value, wv[kx], acc[t]);
+              if constexpr (V::kTies) in = V::after(in, sum);
+              acc[t] = sum;
             }
           });
         };
-        if (Edge && (i < P || i >= N - P) && (i < lo || i >= hi)) {
-          if constexpr (Pix == 0) in += pix;
-        } else if constexpr (Pix == 0) {
-          use(V::load_step(in, pix));
+        auto load = [&](auto i) MNV4_LAMBDA {
+          if constexpr (Pix == kUnknown) {
+            return V::load_step(in, pix);
+          } else {
+            return V::load(in + (i - from) * Pix);
+          }
+        };
+        if constexpr (edge) {
+          unroll<N>([&](auto i) MNV4_LAMBDA {
+            if ((i < P || i >= N - P) && (i < lo || i >= hi)) {
+              in += pix;
+            } else {
+              use(i, load(i));
+            }
+          });
         } else {
-          use(V::load(in + i * Pix));
+          reg value = load(Index<from>{});
+          unroll<to - from>([&](auto j) MNV4_LAMBDA {
+            // one load ahead of its turn and no more: the others would need registers that there are not
+            reg next = value;
+            if constexpr (j + 1 < to - from) next = load(Index<j + from + 1>{});
+            use(Index<j + from>{}, value);
+            value = next;
+          });
         }
-      });
-    }
-  });
-  if (d.act == Act::relu) {
-    unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::max(V::zero(), acc[t]); });
-  } else if (d.act == Act::relu6) {
-    unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::min(V::set(6.0f), V::max(V::zero(), acc[t])); });
-  }
-  unroll<T>([&](auto t) MNV4_LAMBDA {
-    if constexpr (Pix > 0) {
-      V::store(dst + t * kUnit, acc[t]);
-    } else {
-      V::store(dst, acc[t]);
-      dst += d.dst_pix;
-    }
-  });
-}
-
-template <class V, int K, int S, int T, int Pix>
-MNV4_INLINE void depthwise_at(const DepthwiseArgs& d, const float* src, const std::ptrdiff_t* row_off,
-                              const Taps<V, K>& taps, const float* bias, float* dst, int x) {
-  const int lo = d.left - (d.first_col + x) * S, hi = lo + d.width;
-  if (d.width > 0 && (lo > 0 || hi < (T - 1) * S + K)) {
-    depthwise_tile<V, K, S, T, Pix, true>(d, src, row_off, taps, bias, dst, lo, hi);
-  } else {
-    depthwise_tile<V, K, S, T, Pix, false>(d, src, row_off, taps, bias, dst, lo, hi);
-  }
-}
-
-// `wide` tiles of T pixels, then `narrow` tiles of T - 1, in each row
-template <class V, int K, int S, int T, int Pix>
-void depthwise_rows(const DepthwiseArgs& args, int wide, int narrow) {
-  const DepthwiseArgs d = args;  // a copy that no store can change
-  for (int v = 0; v < kUnit; v += V::W) {
-    const Taps<V, K> taps(d.weight + v);
-    for (int y = 0; y < d.rows; ++y) {
-      const std::ptrdiff_t* off = d.row_off + y * K;
-      const float* in = d.src + v;
-      float* out = d.dst + y * d.dst_row + v;
-      int x = 0;
-      for (int t = 0; t < wide; ++t, x += T, in += T * S * d.src_pix, out += T * d.dst_pix)
-        depthwise_at<V, K, S, T, Pix>(d, in, off, taps, d.bias + v, out, x);
-      if constexpr (T > 1) {
-        for (int t = 0; t < narrow; ++t, x += T - 1, in += (T - 1) * S * d.src_pix, out += (T - 1) * d.dst_pix)
-          depthwise_at<V, K, S, T - 1, Pix>(d, in, off, taps, d.bias + v, out, x);
       }
+    });
+    if (d.act == Act::relu) {
+      unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::max(V::zero(), acc[t]); });
+    } else if (d.act == Act::relu6) {
+      unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::min(V::set(6.0f), V::max(V::zero(), acc[t])); });
     }
+    float* out = dst;
+    unroll<T>([&](auto t) MNV4_LAMBDA {
+      if constexpr (Pix == kUnknown) {
+        V::store_step(out, d.dst_pix, acc[t]);
+      } else {
+        V::store(out + t * kUnit, acc[t]);
+      }
+    });
+  }
+}
+
+using StripFn = void (*)(const DepthwiseArgs&, int, int, int, int);
+
+// `left` and `right` input columns of a strip of `cols` output columns lie outside of the image. What symmetric padding
+// gives, at an even width with stride 2, has strips of its own.
+template <class V, int K, int S, int Pix, int... I>
+MNV4_INLINE StripFn pick_strip(int cols, int left, int right, std::integer_sequence<int, I...>) {
+  if constexpr (Pix != kUnknown) {
+    static constexpr StripFn bordered[] = {depthwise_strip<V, K, S, I + 1, Pix, 0, 0>...};
+    return bordered[cols - 1];
+  } else {
+    constexpr int most = sizeof...(I), L = K / 2, R = S == 1 ? L : L - 1;
+    static constexpr StripFn known[2][2][2] = {
+        {{depthwise_strip<V, K, S, most - 1, Pix, 0, 0>, depthwise_strip<V, K, S, most - 1, Pix, 0, R>},
+         {depthwise_strip<V, K, S, most - 1, Pix, L, 0>, depthwise_strip<V, K, S, most - 1, Pix, L, R>}},
+        {{depthwise_strip<V, K, S, most, Pix, 0, 0>, depthwise_strip<V, K, S, most, Pix, 0, R>},
+         {depthwise_strip<V, K, S, most, Pix, L, 0>, depthwise_strip<V, K, S, most, Pix, L, R>}}};
+    static constexpr StripFn unknown[] = {depthwise_strip<V, K, S, I + 1, Pix, kUnknown, kUnknown>...};
+    const bool common = cols >= most - 1 && (left == 0 || left == L) && (right == 0 || right == R);
+    return common ? known[cols - most + 1][left != 0][right != 0] : unknown[cols - 1];
+  }
+}
+
+template <class Cfg, int K, int S, int Pix>
+void depthwise_strips(const DepthwiseArgs& d) {
+  using V = typename Cfg::Pair;
+  constexpr int most = Cfg::kDwCols;
+  // strips of one width, the last one over columns of the one before where they do not come out even
+  int cols = d.cols, strips = 1;
+  if (cols > most) {
+    const int a = (d.cols + most - 2) / (most - 1), b = (d.cols + most - 1) / most;
+    cols = a * (most - 1) < b * most ? most - 1 : most;
+    strips = (d.cols + cols - 1) / cols;
+  }
+  for (int i = 0; i < strips; ++i) {
+    const int x = i + 1 < strips ? i * cols : d.cols - cols;
+    // with borders all columns exist
+    const int lo = d.width > 0 ? d.left - (d.first_col + x) * S : 0, all = (cols - 1) * S + K,
+              hi = d.width > 0 ? lo + d.width : all;
+    const StripFn strip = pick_strip<V, K, S, Pix>(cols, lo > 0 ? lo : 0, hi < all ? all - hi : 0,
+                                                   std::make_integer_sequence<int, most>{});
+    for (int v = 0; v < kUnit; v += V::W) strip(d, v, x, lo, hi);
   }
   if (d.act == Act::gelu) {
     for (int y = 0; y < d.rows; ++y) {
@@ -105,30 +131,17 @@ void depthwise_rows(const DepthwiseArgs& args, int wide, int narrow) {
   }
 }
 
-template <class V, int K, int S, int Pix, int... I>
-MNV4_INLINE void depthwise_pick(const DepthwiseArgs& d, std::integer_sequence<int, I...>) {
-  constexpr int max_cols = sizeof...(I);
-  using Fn = void (*)(const DepthwiseArgs&, int, int);
-  static constexpr Fn table[] = {depthwise_rows<V, K, S, I + 1, Pix>...};
-  const int tiles = (d.cols + max_cols - 1) / max_cols;
-  const int cols = (d.cols + tiles - 1) / tiles;
-  const int narrow = cols * tiles - d.cols;
-  table[cols - 1](d, tiles - narrow, narrow);
-}
-
 template <class Cfg, int Pix>
 MNV4_INLINE void depthwise_of(const DepthwiseArgs& d) {
-  using V = typename Cfg::Pair;
-  constexpr auto three = std::make_integer_sequence<int, Cfg::kDwCols3>{};
-  constexpr auto five = std::make_integer_sequence<int, Cfg::kDwCols5>{};
   if (d.kernel == 3) {
-    d.stride == 1 ? depthwise_pick<V, 3, 1, Pix>(d, three) : depthwise_pick<V, 3, 2, Pix>(d, three);
+    d.stride == 1 ? depthwise_strips<Cfg, 3, 1, Pix>(d) : depthwise_strips<Cfg, 3, 2, Pix>(d);
   } else {
-    d.stride == 1 ? depthwise_pick<V, 5, 1, Pix>(d, five) : depthwise_pick<V, 5, 2, Pix>(d, five);
+    d.stride == 1 ? depthwise_strips<Cfg, 5, 1, Pix>(d) : depthwise_strips<Cfg, 5, 2, Pix>(d);
   }
 }
 
 template <class Cfg>
 void depthwise(const DepthwiseArgs& d) {
-  d.src_pix == kUnit&& d.dst_pix == kUnit ? depthwise_of<Cfg, kUnit>(d) : depthwise_of<Cfg, 0>(d);
+  const bool bordered = d.width == 0 && d.src_pix == kUnit && d.dst_pix == kUnit;
+  bordered ? depthwise_of<Cfg, kUnit>(d) : depthwise_of<Cfg, kUnknown>(d);
 }

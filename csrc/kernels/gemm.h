@@ -1,79 +1,14 @@
 // Register-tiled product of a strip of pixels with one or more units of 16 output channels.
 #pragma once
 
+#include "kernels/gemm_lanes.h"
+
 inline constexpr int kStrip = 208;  // pixels handled together: 32 channels of C stay in L1 between the parts of a sum
 
 struct Strip {
   std::ptrdiff_t a[kStrip], c[kStrip], r[kStrip];
   int left[kStrip];  // pixels from here to the end of the row (or of the strip)
 };
-
-// Keeps loads through the returned pointer behind the making of acc[I] and acc[I + 1]. By way of variables: g++ 12
-// leaves an array in memory of whose elements it sees a reference.
-template <class V, int I, int N>
-MNV4_INLINE const float* after(const float* p, typename V::reg (&acc)[N]) {
-  typename V::reg q = acc[I], r = acc[I + 1];
-  p = V::after(p, q, r);
-  acc[I] = q, acc[I + 1] = r;
-  return p;
-}
-
-// The same product where one element of a vector can be a factor: a pixel's terms are loaded V::W at a time, and each
-// pair of weight vectors lives for one term only, so that MR * NV + MR + 2 registers are enough.
-template <class V, int MR, int NU, bool Packed>
-MNV4_INLINE void lane_product(const GemmArgs& g, const float* a0, const float* b,
-                              typename V::reg (&acc)[MR * NU * kUnit / V::W]) {
-  using reg = typename V::reg;
-  constexpr int S = kUnit / V::W, NV = NU * S;
-  const std::ptrdiff_t bu = g.b_unit;
-  const float* row[MR];  // first term of each pixel; when packed, of pixel 0 only
-  auto pixel = [&](auto m, auto k) MNV4_LAMBDA {
-    if constexpr (Packed) return row[0] + m * kUnit + k;
-    return row[m] + k;
-  };
-  auto weights = [&](auto k, auto av) MNV4_LAMBDA {
-    unroll<NV / 2>([&](auto j) MNV4_LAMBDA {
-      const float* q = b + (2 * j / S) * bu + k * kUnit + (2 * j % S) * V::W;
-      const reg b0 = V::load(q), b1 = V::load(q + V::W);
-      unroll<MR>([&](auto m) MNV4_LAMBDA {
-        acc[m * NV + 2 * j] = av(m, b0, acc[m * NV + 2 * j]);
-        acc[m * NV + 2 * j + 1] = av(m, b1, acc[m * NV + 2 * j + 1]);
-      });
-      // loads ahead of their turn would need registers that there are not
-      unroll<MR>([&](auto m) MNV4_LAMBDA { b = after<V, m * NV + 2 * j>(b, acc); });
-    });
-  };
-  auto terms = [&](auto k) MNV4_LAMBDA {  // V::W of them, from k on
-    reg av[MR];
-    unroll<MR>([&](auto m) MNV4_LAMBDA { av[m] = V::load(pixel(m, k)); });
-    unroll<V::W>([&](auto i) MNV4_LAMBDA {
-      weights(Index<k + i>{}, [&](auto m, reg w, reg c) MNV4_LAMBDA { return V::template fma_lane<i>(w, av[m], c); });
-    });
-    unroll<Packed ? 1 : MR>([&](auto m) MNV4_LAMBDA { row[m] = after<V, (m + 1) * NV - 2>(row[m], acc); });
-  };
-  auto advance = [&](int n) MNV4_LAMBDA {
-    unroll<Packed ? 1 : MR>([&](auto m) MNV4_LAMBDA { row[m] += n; });
-    b += n * kUnit;
-  };
-  for (int blk = 0; blk < g.k_blocks; ++blk) {
-    int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
-    row[0] = a0 + (g.k_off != nullptr ? g.k_off[blk] : blk * g.a_blk);
-    if constexpr (!Packed) unroll<MR - 1>([&](auto m) MNV4_LAMBDA { row[m + 1] = row[m] + g.a_pix; });
-    for (; left >= 4 * V::W; left -= 4 * V::W) {
-      unroll<4>([&](auto i) MNV4_LAMBDA { terms(Index<i * V::W>{}); });
-      advance(4 * V::W);
-    }
-    for (; left >= V::W; left -= V::W) {
-      terms(Index<0>{});
-      advance(V::W);
-    }
-    for (; left > 0; --left) {
-      weights(Index<0>{},
-              [&](auto m, reg w, reg c) MNV4_LAMBDA { return V::fma(V::set(*pixel(m, Index<0>{})), w, c); });
-      advance(1);
-    }
-  }
-}
 
 // MR pixels x NU units. Packed: pixels of A are 16 floats apart, so that one base register and immediate offsets
 // address all rows. Otherwise any stride: a base register for each third pixel, the two after it by scaled index.
@@ -87,47 +22,43 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
   reg acc[MR * NV];  // [MR, NU, S]
   unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = V::zero(); });
 
-  if constexpr (HasLanes<V>) {
-    lane_product<V, MR, NU, Packed>(g, g.a + a_off[0], b, acc);
-  } else {
-    const std::ptrdiff_t bu = g.b_unit;
-    constexpr int NB = (MR + 2) / 3;
-    const float* a0 = g.a + a_off[0];
-    const std::ptrdiff_t s1 = g.a_pix, s2 = 2 * g.a_pix;
-    const float* base[NB];
-    auto step = [&](const float* pa, const float* pb, auto kk) MNV4_LAMBDA {
-      reg bv[NV];
-      unroll<NV>([&](auto j) MNV4_LAMBDA { bv[j] = V::load(pb + (j / S) * bu + kk * kUnit + (j % S) * V::W); });
-      unroll<MR>([&](auto m) MNV4_LAMBDA {
-        reg av;
-        if constexpr (Packed) {
-          av = V::set(pa[m * kUnit + kk]);
-        } else {
-          const float* q = base[m / 3];
-          av = V::set(m % 3 == 0 ? q[kk] : m % 3 == 1 ? q[s1 + kk] : q[s2 + kk]);
-        }
-        unroll<NV>([&](auto j) MNV4_LAMBDA { acc[m * NV + j] = V::fma(av, bv[j], acc[m * NV + j]); });
-      });
+  const std::ptrdiff_t bu = g.b_unit;
+  constexpr int NB = (MR + 2) / 3;
+  const float* a0 = g.a + a_off[0];
+  const std::ptrdiff_t s1 = g.a_pix, s2 = 2 * g.a_pix;
+  const float* base[NB];
+  auto step = [&](const float* pa, const float* pb, auto kk) MNV4_LAMBDA {
+    reg bv[NV];
+    unroll<NV>([&](auto j) MNV4_LAMBDA { bv[j] = V::load(pb + (j / S) * bu + kk * kUnit + (j % S) * V::W); });
+    unroll<MR>([&](auto m) MNV4_LAMBDA {
+      reg av;
+      if constexpr (Packed) {
+        av = V::set(pa[m * kUnit + kk]);
+      } else {
+        const float* q = base[m / 3];
+        av = V::set(m % 3 == 0 ? q[kk] : m % 3 == 1 ? q[s1 + kk] : q[s2 + kk]);
+      }
+      unroll<NV>([&](auto j) MNV4_LAMBDA { acc[m * NV + j] = V::fma(av, bv[j], acc[m * NV + j]); });
+    });
+  };
+  const std::ptrdiff_t* k_off = g.k_off;
+  for (int blk = 0; blk < g.k_blocks; ++blk) {
+    int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
+    const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
+    if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
+    auto advance = [&](int n) MNV4_LAMBDA {
+      pa += n, b += n * kUnit;
+      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
     };
-    const std::ptrdiff_t* k_off = g.k_off;
-    for (int blk = 0; blk < g.k_blocks; ++blk) {
-      int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
-      const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
-      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
-      auto advance = [&](int n) MNV4_LAMBDA {
-        pa += n, b += n * kUnit;
-        if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
-      };
-      for (; left >= 2; left -= 2) {
-        __builtin_prefetch(next, 0, 2);
-        next += next_step;
-        unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
-        advance(2);
-      }
-      if (left > 0) {
-        step(pa, b, Index<0>{});
-        advance(1);
-      }
+    for (; left >= 2; left -= 2) {
+      __builtin_prefetch(next, 0, 2);
+      next += next_step;
+      unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
+      advance(2);
+    }
+    if (left > 0) {
+      step(pa, b, Index<0>{});
+      advance(1);
     }
   }
 
@@ -160,18 +91,10 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
       });
     }
   }
-  if constexpr (HasLanes<V>) {
-    // each address once: for all the compiler knows a store might change c_off
-    unroll<MR>([&](auto m) MNV4_LAMBDA {
-      float* p = c + c_off[m];
-      unroll<NV>([&](auto j) MNV4_LAMBDA { V::store(p + (j / S) * g.c_unit + (j % S) * V::W, acc[m * NV + j]); });
-    });
-  } else {
-    unroll<MR>([&](auto m) MNV4_LAMBDA {
-      unroll<NV>([&](auto j)
-                     MNV4_LAMBDA { V::store(c + c_off[m] + (j / S) * g.c_unit + (j % S) * V::W, acc[m * NV + j]); });
-    });
-  }
+  unroll<MR>([&](auto m) MNV4_LAMBDA {
+    unroll<NV>([&](auto j)
+                   MNV4_LAMBDA { V::store(c + c_off[m] + (j / S) * g.c_unit + (j % S) * V::W, acc[m * NV + j]); });
+  });
 }
 
 // gelu is long: applied to the stored tile, which is still in L1, so that the tile kernels stay small.
@@ -195,8 +118,44 @@ using TileFn = void (*)(const GemmArgs&, const float*, const float*, const std::
 
 template <class V, int NU, bool Packed, int... M>
 MNV4_INLINE TileFn pick_tile(int mr, std::integer_sequence<int, M...>) {
-  static constexpr TileFn table[] = {gemm_tile<V, M + 1, NU, Packed>...};
+  if constexpr (HasLanes<V>) {
+    static constexpr TileFn table[] = {lane_tile<V, M + 1, NU, Packed>...};
+    return table[mr - 1];
+  } else {
+    static constexpr TileFn table[] = {gemm_tile<V, M + 1, NU, Packed>...};
+    return table[mr - 1];
+  }
+}
+
+// Tiles of one height one after the other.
+using TilesFn = void (*)(const GemmArgs&, const float*, const float*, const std::ptrdiff_t*, float*,
+                         const std::ptrdiff_t*, const float*, const std::ptrdiff_t*, int);
+
+template <class V, int NU, bool Packed, int... M>
+MNV4_INLINE TilesFn pick_tiles(int mr, std::integer_sequence<int, M...>) {
+  static constexpr TilesFn table[] = {lane_tiles<V, M + 1, NU, Packed>...};
   return table[mr - 1];
+}
+
+template <class Cfg, bool Packed>
+void lane_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, int max_rows) {
+  using V = typename Cfg::V;
+  const float* b = g.b + u * g.b_unit;
+  const float* bias = g.bias == nullptr ? nullptr : g.bias + u * kUnit;
+  float* c = g.c + u * g.c_unit;
+  const float* res = g.res != nullptr && g.last_k ? g.res + u * g.r_unit : nullptr;
+  for (int p = 0; p < pixels;) {
+    // equal tiles within a segment, see gemm_units
+    const int left = Packed ? pixels - p : s.left[p], tiles = (left + max_rows - 1) / max_rows;
+    int mr = (left + tiles - 1) / tiles;
+    for (int n = left - (mr - 1) * tiles, rest = tiles - n; n > 0; n = rest, rest = 0, --mr) {
+      const TilesFn fn =
+          nu == 1 ? pick_tiles<V, 1, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{})
+                  : pick_tiles<V, Cfg::kWideUnits, Packed>(mr, std::make_integer_sequence<int, Cfg::kWideRows>{});
+      fn(g, b, bias, s.a + p, c, s.c + p, res, s.r + p, n);
+      p += n * mr;
+    }
+  }
 }
 
 // Cfg: units and pixels of the tall tile (many pixels) and of the wide tile (few pixels).
@@ -218,6 +177,9 @@ struct Next {
 template <class Cfg, bool Packed>
 void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, int max_rows, bool partial, Next next) {
   using V = typename Cfg::V;
+  if constexpr (HasLanes<V>) {
+    if (!partial && g.act != Act::gelu) return lane_units<Cfg, Packed>(g, s, pixels, u, nu, max_rows);
+  }
   const float* b = g.b + u * g.b_unit;
   const float* bias = g.bias == nullptr ? nullptr : g.bias + u * kUnit;
   alignas(64) float c_tmp[Cfg::kTallRows * kUnit];

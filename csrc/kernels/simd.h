@@ -7,8 +7,9 @@
 #define MNV4_INLINE inline __attribute__((always_inline))
 #define MNV4_LAMBDA __attribute__((always_inline))
 
-// Vectors that multiply by one element of another: V::fma_lane<I>(a, b, c) = a * b[I] + c. V::after(p, q, r)
-// keeps loads through p behind the making of q and r.
+// Vectors that multiply by one element of another: V::fma_lane<I>(a, b, c) = a * b[I] + c, V::mul_lane<I>(a, b) =
+// a * b[I]. V::load_unit(p) loads 16 floats at once and moves p on, V::after(p, r) keeps loads through p behind the
+// making of r, where V::kTies says that the compiler would bring them forward.
 template <class V>
 concept HasLanes = requires(typename V::reg r) { V::template fma_lane<0>(r, r, r); };
 
