@@ -163,8 +163,9 @@ def learn(module: nn.Module, plan: Plan, x: Tensor, out: Tensor) -> None:
     core = _native.core
     assert core is not None
     if plan.lane is None:
-        good = plan.index == -1 and plan.dtype is torch.float32 and plan.program is not None and core.lanes_found()
-        plan.lane = good and core.Lane(_side(module).ref, plan.guard, plan.program.native, conditions.HOOKS)
+        native = getattr(plan.program, "native", None)  # of the CPU backend's programs
+        good = isinstance(native, core.Program) and plan.index == -1 and core.lanes_found()
+        plan.lane = good and core.Lane(_side(module).ref, plan.guard, native, conditions.HOOKS)
     if plan.lane and plan.lane.learn(x, tuple(out.shape)) and id(module) not in lanes:
         with _lock:
             if find(module, "forward") is plan:
