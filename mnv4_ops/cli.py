@@ -165,57 +165,29 @@ def bench(
     rounds = number("--repeats", repeats, low=1, high=10000)
     limit = number("--seconds", seconds, low=1, high=86400)
     fresh = number("--processes", processes, low=1, high=99)
+    common: dict[str, Any] = {"peers": peers, "resolution": side, "seconds": limit}
+    plan: op_run.OpsPlan | gpu_run.GpuPlan | run.Plan
+    measure: Any
     try:
+        common["batches"] = numbers("--batch", batch)
+        if ops or device == "cpu":
+            common |= {"threads": numbers("--threads", threads or [str(len(machine.available_cpus()))])}
+            common |= {"repeats": rounds, "processes": fresh}
         if ops:
-            op_plan = op_run.OpsPlan(
-                models=words(model),
-                ops=words(ops),
-                batches=numbers("--batch", batch),
-                threads=numbers("--threads", threads or [str(len(machine.available_cpus()))]),
-                dtypes=dtypes_of(dtype) or ["float32" if device == "cpu" else "float16"],
-                device=device,
-                peers=peers,
-                resolution=side,
-                repeats=rounds,
-                seconds=limit,
-                processes=fresh,
-            )
-            op_plan.validate()
-            _finish_bench(op_run.run(op_plan, console_for(json_file)), json_file, markdown)
-            return
-        if device == "cuda":
-            gpu_plan = gpu_run.GpuPlan(
-                models=inputs.resolve_models(words(model)),
-                batches=numbers("--batch", batch),
-                dtypes=dtypes_of(dtype) or ["float16"],
-                peers=peers,
-                image=image,
-                resolution=side,
-                rounds=rounds,
-                seconds=limit,
-            )
-            gpu_plan.validate()
-            _finish_bench(gpu_run.models(gpu_plan, console_for(json_file)), json_file, markdown)
-            return
-        plan = run.Plan(
-            models=inputs.resolve_models(words(model)),
-            batches=numbers("--batch", batch),
-            threads=numbers("--threads", threads or [str(len(machine.available_cpus()))]),
-            peers=peers,
-            image=image,
-            resolution=side,
-            repeats=rounds,
-            seconds=limit,
-            processes=fresh,
-        )
+            dtypes = dtypes_of(dtype) or ["float32" if device == "cpu" else "float16"]
+            plan = op_run.OpsPlan(models=words(model), ops=words(ops), dtypes=dtypes, device=device, **common)
+            measure = op_run.run
+        else:
+            common |= {"models": inputs.resolve_models(words(model)), "image": image}
+            if device == "cuda":
+                plan = gpu_run.GpuPlan(dtypes=dtypes_of(dtype) or ["float16"], rounds=rounds, **common)
+                measure = gpu_run.models
+            else:
+                plan, measure = run.Plan(**common), run.blocks if blocks else run.models
         plan.validate()
-        outcome = run.blocks(plan, console_for(json_file)) if blocks else run.models(plan, console_for(json_file))
+        outcome = measure(plan, console_for(json_file))
     except BenchError as error:
         raise fail(str(error)) from None
-    _finish_bench(outcome, json_file, markdown)
-
-
-def _finish_bench(outcome: Any, json_file: Path | None, markdown: Path | None) -> None:
     write(json_file, outcome.document)
     if markdown is not None:
         markdown.write_text(outcome.markdown)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,15 @@ def test_cold_spans_flush_before_each_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert log == ["flush", "run"] * 3
 
 
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = rows._placed
+    monkeypatch.setattr(rows, "_placed", lambda thing, setting: placed(thing, replace(setting, device="cpu")))
+
+
 @needs_native
 def test_a_row_of_a_gpu_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it but the device: every captured peer, the 2x rule, both states of the L2."""
-    monkeypatch.setattr(rows, "torch_device", lambda device: torch.device("cpu"))
+    _on_the_host(monkeypatch)
     monkeypatch.setattr(rows, "_captured", lambda run: run)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -241,7 +247,7 @@ def test_a_row_of_a_gpu_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_native
 def test_ops_of_a_gpu_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "torch_device", lambda device: torch.device("cpu"))
+    _on_the_host(monkeypatch)
     monkeypatch.setattr(rows, "_captured", lambda run: run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 

@@ -55,9 +55,8 @@ class _Gate:
         if self.plain_fp32:
             self.reference = module(*inputs)
             return
-        dtype, device = getattr(torch, setting.dtype), torch_device(setting.device)
-        self.truth = copy.deepcopy(module).double()(*(x.to(device, dtype).double() for x in inputs))
-        self.plain = copy.deepcopy(module).to(device, dtype)(*(x.to(device, dtype) for x in inputs))
+        self.truth = copy.deepcopy(module).double()(*(_placed(x, setting).double() for x in inputs))
+        self.plain = _placed(module, setting)(*(_placed(x, setting) for x in inputs))
 
     def verdict(self, output: Any, ours: bool) -> tuple[float, str | None]:
         """(error as a fraction of what is allowed, why it is wrong)."""
@@ -81,12 +80,10 @@ def prepare(
     runs: dict[str, Run] = {}
     left_out: dict[str, str] = {}
     errors: dict[str, float] = {}
-    dtype = getattr(torch, setting.dtype)
     module, example = op.module(case), op.example(case, setting.batch)
     judge = _Gate(module, example, setting)
-    device = torch_device(setting.device)
-    own = copy.deepcopy(module).to(device, dtype)
-    moved = tuple(x.to(device, dtype) for x in arguments_of(example))
+    own = _placed(module, setting)
+    moved = tuple(_placed(x, setting) for x in arguments_of(example))
     x = moved if isinstance(example, tuple) else moved[0]
 
     def attempt(name: str, reason: str | None, make: Any) -> None:
@@ -108,12 +105,15 @@ def prepare(
                 reason = "takes modules of one input"
             attempt(peer.name, reason, lambda peer=peer: peer.prepare(own, x, setting.threads))
     # last: enabling throws away what torch has compiled
-    attempt(OURS, op.refuses(dtype, setting.device), lambda: op.ours(own, case, x, setting.threads))
+    refused = op.refuses(getattr(torch, setting.dtype), setting.device)
+    attempt(OURS, refused, lambda: op.ours(own, case, x, setting.threads))
     return runs, left_out, errors
 
 
-def torch_device(device: str) -> torch.device:
-    return torch.device(device)
+def _placed(thing: Any, setting: Setting) -> Any:
+    """A tensor, or a copy of a module, on the device and in the dtype of a row."""
+    own = copy.deepcopy(thing) if isinstance(thing, torch.nn.Module) else thing
+    return own.to(setting.device, getattr(torch, setting.dtype))
 
 
 def _captured(run: Run) -> Run:

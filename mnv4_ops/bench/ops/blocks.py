@@ -62,20 +62,15 @@ class MobileMqa(_Block):
     order = 61
 
 
-class Head(Op):
+class Head(_Block):
     name = "head"
     label = "head: 1x1, pool, 1x1, classifier"
+    kind = "Head"
     order = 70
 
     def rows(self, model: str, resolution: int | None) -> Iterator[tuple[str, Spec, int, int]]:
         last = next(entry for entry in ledger(model, resolution) if entry.name == "4.0")
         yield "head", head_spec(model), last.height, last.width
-
-    def specs(self, spec: Spec, h: int, w: int) -> Iterator[tuple[Spec, int, int]]:
-        yield spec, h, w
-
-    def shape(self, spec: Any) -> str:
-        return shape(spec)
 
 
 def shape(spec: Spec) -> str:

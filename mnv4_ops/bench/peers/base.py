@@ -60,3 +60,16 @@ class Peer:
     def refuses(self, dtype: str) -> str | None:
         """Why it cannot run in a dtype (`available` first), None if it can."""
         return None if dtype in self.dtypes else f"no {dtype}: computes in {', '.join(self.dtypes)}"
+
+
+class CudaPeer(Peer):
+    """A peer on an NVIDIA GPU that torch sees."""
+
+    device = "cuda"
+    dtypes: ClassVar[tuple[str, ...]] = GPU_DTYPES
+
+    def available(self) -> str | None:
+        import torch
+
+        reason = super().available()
+        return reason or (None if torch.cuda.is_available() else "torch sees no GPU")

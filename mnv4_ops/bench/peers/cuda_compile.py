@@ -8,25 +8,20 @@ from typing import ClassVar
 
 import torch
 
-from mnv4_ops.bench.peers.base import GPU_DTYPES, Peer, Run
+from mnv4_ops.bench.peers.base import CudaPeer, Run
 
 # one compilation of a model serves the call and the capture
 _compiled: weakref.WeakKeyDictionary[torch.nn.Module, dict[str | None, Run]] = weakref.WeakKeyDictionary()
 
 
-class CompileGraph(Peer):
+class CompileGraph(CudaPeer):
     """The best peer of whole models on the GPUs measured so far."""
 
     name = "compile_graph"
     label = "torch.compile + CUDA graph"
-    device = "cuda"
-    dtypes = GPU_DTYPES
     captured = True
     order = 12
     mode: ClassVar[str | None] = None
-
-    def available(self) -> str | None:
-        return None if torch.cuda.is_available() else "torch sees no GPU"
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
         known = _compiled.setdefault(model, {})

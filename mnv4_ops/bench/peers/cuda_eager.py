@@ -9,17 +9,11 @@ from typing import Any
 
 import torch
 
-from mnv4_ops.bench.peers.base import GPU_DTYPES, Peer, Run
+from mnv4_ops.bench.peers.base import CudaPeer, Run
 
 
-class _CudaPeer(Peer):
-    device = "cuda"
-    dtypes = GPU_DTYPES
+class _Eager(CudaPeer):
     channels_last = True
-
-    def available(self) -> str | None:
-        reason = super().available()
-        return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
         if not self.channels_last:
@@ -29,14 +23,14 @@ class _CudaPeer(Peer):
         return lambda: model(example)
 
 
-class CudnnGraph(_CudaPeer):
+class CudnnGraph(_Eager):
     name = "cudnn_graph"
     label = "cuDNN channels_last + CUDA graph"
     captured = True
     order = 10
 
 
-class NativeDepthwiseGraph(_CudaPeer):
+class NativeDepthwiseGraph(_Eager):
     """`torch.backends.cudnn.depthwise_kernel = "native"`, where torch has that."""
 
     name = "native_dw_graph"
@@ -65,14 +59,14 @@ class NativeDepthwiseGraph(_CudaPeer):
         return run
 
 
-class EagerCall(_CudaPeer):
+class EagerCall(_Eager):
     name = "eager"
     label = "timm eager NCHW"
     channels_last = False
     order = 20
 
 
-class EagerChannelsLastCall(_CudaPeer):
+class EagerChannelsLastCall(_Eager):
     name = "eager_cl"
     label = "timm eager channels_last"
     order = 21

@@ -7,21 +7,16 @@ from typing import Any
 import torch
 
 from mnv4_ops.bench.peers import _onnx
-from mnv4_ops.bench.peers.base import Peer, Run, Unsupported
+from mnv4_ops.bench.peers.base import CudaPeer, Run, Unsupported
 
 
-class TensorRt(Peer):
+class TensorRt(CudaPeer):
     name = "tensorrt_graph"
     label = "TensorRT + CUDA graph"
     requires = ("tensorrt", "onnx")
-    device = "cuda"
     dtypes = ("float16", "float32")
     captured = True
     order = 13
-
-    def available(self) -> str | None:
-        reason = super().available()
-        return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
         import tensorrt as trt
