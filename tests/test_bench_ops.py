@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -215,6 +216,19 @@ def test_cold_spans_flush_before_each_run(monkeypatch: pytest.MonkeyPatch) -> No
 def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     placed = rows._placed
     monkeypatch.setattr(rows, "_placed", lambda thing, setting: placed(thing, replace(setting, device="cpu")))
+
+
+def test_the_reference_has_the_rounded_parameters_on_the_device() -> None:
+    module = torch.nn.Conv2d(3, 4, 1).eval()
+    x = torch.randn(1, 3, 5, 5)
+    with torch.inference_mode():
+        judge = rows._Gate(module, x, rows.Setting(dtype="bfloat16"))
+        expected = copy.deepcopy(module).bfloat16().double()(x.bfloat16().double())
+        assert torch.equal(judge.truth, expected)
+        assert not torch.equal(judge.truth, copy.deepcopy(module).double()(x.bfloat16().double()))
+        # everything that the gate computes is where the row is
+        judge = rows._Gate(module, x, rows.Setting(dtype="bfloat16", device="meta"))
+    assert judge.truth.device.type == judge.plain.device.type == "meta"
 
 
 @needs_native

@@ -55,7 +55,8 @@ class _Gate:
         if self.plain_fp32:
             self.reference = module(*inputs)
             return
-        self.truth = copy.deepcopy(module).double()(*(_placed(x, setting).double() for x in inputs))
+        # of the rounded parameters and input, on the device
+        self.truth = _placed(module, setting).double()(*(_placed(x, setting).double() for x in inputs))
         self.plain = _placed(module, setting)(*(_placed(x, setting) for x in inputs))
 
     def verdict(self, output: Any, ours: bool) -> tuple[float, str | None]:
