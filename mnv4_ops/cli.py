@@ -18,11 +18,14 @@ from mnv4_ops import cli_bench
 from mnv4_ops.cli_common import (
     Device,
     Json,
+    Keep,
     check_writable,
     console_for,
     device_of,
     dtypes_of,
+    earlier,
     fail,
+    finish,
     number,
     numbers,
     words,
@@ -145,6 +148,7 @@ def bench(
     ] = None,
     json_file: Json = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    keep: Keep = False,
 ) -> None:
     """Time a MobileNetV4 on a real photograph, original and enabled, against every installed peer.
 
@@ -152,15 +156,16 @@ def bench(
     process that is pinned to as many CPUs as threads. On a GPU: CUDA graphs by the clock of the device, and calls by
     that of the host.
     """
-    from mnv4_ops.bench import gpu_run, inputs, machine, op_run, run
+    from mnv4_ops.bench import gpu_report, gpu_run, inputs, machine, op_run, report, run
     from mnv4_ops.bench.errors import BenchError
 
     check_writable("--json", json_file)
     check_writable("--markdown", markdown)
     only_gpu = {} if ops else {"dtype": ("cuda", dtype)}
     device_of(device, threads=("cpu", threads), blocks=("cpu", blocks), **only_gpu)
-    if ops and blocks:
-        raise fail("--ops: does not go with --blocks")
+    for option, given in (("--ops", ops), ("--keep", keep)):
+        if given and blocks:
+            raise fail(f"{option}: does not go with --blocks")
     side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
     rounds = number("--repeats", repeats, low=1, high=10000)
     limit = number("--seconds", seconds, low=1, high=86400)
@@ -185,14 +190,13 @@ def bench(
             else:
                 plan, measure = run.Plan(**common), run.blocks if blocks else run.models
         plan.validate()
+        schema = op_run.SCHEMA if ops else report.SCHEMA if device == "cpu" else gpu_report.SCHEMA
+        environment = machine.environment if device == "cpu" else gpu_run.environment
+        old = earlier(keep, json_file, schema, environment)
         outcome = measure(plan, console_for(json_file))
     except BenchError as error:
         raise fail(str(error)) from None
-    write(json_file, outcome.document)
-    if markdown is not None:
-        markdown.write_text(outcome.markdown)
-    if not outcome.ok:
-        raise typer.Exit(1)
+    finish(outcome, json_file, markdown, old)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mnv4_ops.cli_common import Json, check_writable, console_for, fail, number, words, write
+from mnv4_ops.cli_common import Json, Keep, check_writable, console_for, earlier, fail, finish, number, words, write
 
 _ROOFLINE_COLUMNS = ("block", "kind", "MMAC", "layers MB", "fused MB", "layers cost", "fused cost", "fused/layers",
                      "layers bound by", "fused bound by")  # fmt: skip
@@ -155,6 +155,7 @@ def pareto(
     json_file: Json = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the figure there, PNG and SVG.")] = None,
+    keep: Keep = False,
 ) -> None:
     """Accuracy against latency: published top-1 of timm's models, their latency here, before and after enable()."""
     from mnv4_ops.bench import machine, page_plots, plots
@@ -169,6 +170,7 @@ def pareto(
     side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
     try:
         machine.pick_cpus(count)
+        old = earlier(keep, json_file, suite.SCHEMA, machine.environment, threads=count)
         if plot is not None:
             plots.require()
         outcome = suite.measure(
@@ -179,11 +181,7 @@ def pareto(
             plots.save(page_plots.pareto(title, outcome.document["points"]), plot, "pareto")
     except BenchError as error:
         raise fail(str(error)) from None
-    write(json_file, outcome.document)
-    if markdown is not None:
-        markdown.write_text(outcome.markdown)
-    if not outcome.ok:
-        raise typer.Exit(1)
+    finish(outcome, json_file, markdown, old)
 
 
 def compare(

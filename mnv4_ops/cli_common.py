@@ -12,6 +12,10 @@ from rich.console import Console
 
 DEVICES = ("cpu", "cuda")
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")]
+Keep = Annotated[
+    bool,
+    typer.Option("--keep", help="Keep what the --json file has and is not measured now (same commit, packages, CPU)."),
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-': stdout).")]
 
 
@@ -36,6 +40,37 @@ def write(json_file: Path | None, value: Any) -> None:
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(text)
+
+
+def earlier(keep: bool, json_file: Path | None, schema: str, environment: Any, **same: Any) -> Any:
+    """With --keep the document of the --json file, if there is one; wrong usage is one line before anything is
+    measured.
+    """
+    if not keep:
+        return None
+    from mnv4_ops.bench import join
+    from mnv4_ops.bench.errors import BenchError
+
+    if json_file is None or json_file == Path("-"):
+        raise fail("--keep: goes with --json FILE")
+    try:
+        return join.earlier(json_file, schema, environment(), **same)
+    except BenchError as error:
+        raise fail(str(error)) from None
+
+
+def finish(outcome: Any, json_file: Path | None, markdown: Path | None, old: Any = None) -> None:
+    """Writes an outcome of the bench, beside the results of `old`; exit status 1 if something in it was red."""
+    document, text = outcome.document, outcome.markdown
+    if old is not None:
+        from mnv4_ops.bench import join
+
+        document, text = join.joined(old, document)
+    write(json_file, document)
+    if markdown is not None:
+        markdown.write_text(text)
+    if not outcome.ok:
+        raise typer.Exit(1)
 
 
 def check_writable(option: str, file: Path | None) -> None:
