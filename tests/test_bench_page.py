@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from mnv4_ops import _native
-from mnv4_ops.bench import cell, compare, gpu, op_run, page, page_report, page_sections, pareto, rows
+from mnv4_ops.bench import cell, compare, gpu, op_run, page, page_files, page_report, pareto, rows
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.cli import app
 
@@ -158,7 +158,7 @@ def test_errors_of_the_report(tmp_path: Path) -> None:
         assert part in line
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(BenchError, match="is no JSON"):
-        page_sections.load(tmp_path)
+        page_files.load(tmp_path)
 
 
 def test_moods_of_ratios() -> None:
@@ -170,8 +170,8 @@ def test_moods_of_ratios() -> None:
 def test_committed_headlines_have_their_peers() -> None:
     """Red: a headline row without XNNPACK, ONNX Runtime and OpenVINO (CPU), or torch.compile + CUDA graph (GPU)."""
     seen = set()
-    for stem, document in page_sections.load(RESULTS).items():
-        kind = page_sections.kind_of(document)
+    for stem, document in page_files.load(RESULTS).items():
+        kind = page_files.kind_of(document)
         seen.add(kind)
         if kind == "models":
             for found in document["cells"]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mnv4_ops.bench import inputs, page_sections, rows
+from mnv4_ops.bench import inputs, page_files, rows
 from mnv4_ops.bench.errors import BenchError
 
 OURS = rows.OURS
@@ -54,7 +54,7 @@ def read(file: Path) -> dict[str, Variants]:
         document = {"rows": [bench["extra_info"] for bench in document["benchmarks"] if "op" in bench["extra_info"]]}
         kind: str | None = "ops"
     else:
-        kind = page_sections.kind_of(document) if isinstance(document, dict) else None
+        kind = page_files.kind_of(document) if isinstance(document, dict) else None
     if kind == "ops":
         for row in document["rows"]:
             found[f"{row['op']} {row['case']}, batch {row['batch']}, {row['threads']}t, {row['dtype']}"] = row[

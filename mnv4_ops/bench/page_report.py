@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mnv4_ops.bench import page_sections, roofline, roofline_plot
+from mnv4_ops.bench import page_files, page_sections, roofline, roofline_plot
 from mnv4_ops.bench.page import Cell, Picture, Section, Table
 from mnv4_ops.spec import MODELS
 
@@ -19,11 +19,11 @@ _RIDGES = ("0", "pixel6-cpu", "100", "pixel8-edgetpu")
 
 def build(folder: Path) -> tuple[str, str, list[Section]]:
     """(title, lead, sections) of the result files in a folder; the roofline is computed."""
-    documents = page_sections.load(folder)
-    ordered = sorted(documents.items(), key=lambda item: _ORDER.index(str(page_sections.kind_of(item[1]))))
+    documents = page_files.load(folder)
+    ordered = sorted(documents.items(), key=lambda item: _ORDER.index(str(page_files.kind_of(item[1]))))
     sections = [page_sections.summary(dict(ordered))]
     for stem, document in ordered:
-        sections.append(page_sections.BUILDERS[str(page_sections.kind_of(document))](stem, document))
+        sections.append(page_sections.BUILDERS[str(page_files.kind_of(document))](stem, document))
     return TITLE, LEAD, [*sections, _roofline()]
 
 

@@ -1,63 +1,24 @@
-"""From committed result files to the sections of the report. A file is told by its `schema`; unknown ones are left."""
+"""From committed result files to the sections of the report. What is about a GPU stands in `page_gpu`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from mnv4_ops.bench import cell, gpu, gpu_report, inputs, op_run, page_plots, pareto, report, rows
+from mnv4_ops.bench import cell, gpu, inputs, op_run, page_gpu, page_plots, pareto, report, rows
 from mnv4_ops.bench import ops as op_registry
-from mnv4_ops.bench import peers as registry
-from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.op_run import geomean
 from mnv4_ops.bench.page import Cell, Picture, Section, Table
-
-Document = dict[str, Any]
-LABELS = {peer.name: peer.label for peer in (*registry.PEERS, *registry.GPU_PEERS)}
-
-
-def load(folder: Path) -> dict[str, Document]:
-    """{stem: document} of all JSON files that hold results."""
-    if not folder.is_dir():
-        raise BenchError(f"--results: expected a folder of result files, got {str(folder)!r}")
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        try:
-            document = json.loads(file.read_text())
-        except ValueError as error:
-            raise BenchError(f"--results: {str(file)!r} is no JSON: {error}") from None
-        if isinstance(document, dict) and kind_of(document) is not None:
-            found[file.stem] = document
-    if not found:
-        raise BenchError(f"--results: no result files in {str(folder)!r}")
-    return found
-
-
-def kind_of(document: Document) -> str | None:
-    """models, ops, gpu, pareto, arm, or None for what is no result."""
-    schemas = {report.SCHEMA: "models", op_run.SCHEMA: "ops", gpu_report.SCHEMA: "gpu", pareto.SCHEMA: "pareto"}
-    if document.get("schema") in schemas:
-        return schemas[document["schema"]]
-    if "cells" in document and "device" in document:
-        return "gpu"
-    return "arm" if str(document.get("kind", "")).startswith("emulated") else None
-
-
-def machine_of(document: Document) -> str:
-    env = document.get("environment") or {}
-    if env.get("gpu"):
-        return str(env["gpu"]["name"])
-    return str((env.get("cpu") or {}).get("model") or document.get("device") or document.get("emulator") or "unknown")
+from mnv4_ops.bench.page_files import LABELS, Document, kind_of, machine_of, section_of
 
 
 def models(stem: str, document: Document) -> Section:
     """Whole models on a CPU."""
-    section = Section(stem, f"Whole models on a CPU: {machine_of(document)}")
-    section.intro = (
+    section = section_of(
+        stem,
+        document,
+        "Whole models on a CPU",
         "Median milliseconds per call on a real photograph, fp32, every variant interleaved in one process pinned to "
-        "as many CPUs as threads. The best peer is the fastest of all that are installed and give the same answer."
+        "as many CPUs as threads. The best peer is the fastest of all that are installed and give the same answer.",
     )
     good = [found for found in document["cells"] if not found["red"]]
     names, times, table = [], [], []
@@ -93,16 +54,17 @@ def models(stem: str, document: Document) -> Section:
             Picture.of(figure, f"Whole models, {stem}: time of every variant over that of mnv4_ops")
         )
     section.notes = _left_out(good) + _stars(good)
-    section.details = _details(document)
     return section
 
 
 def ops(stem: str, document: Document) -> Section:
     """Single ops."""
-    section = Section(stem, f"Single ops: {machine_of(document)}")
-    section.intro = (
+    section = section_of(
+        stem,
+        document,
+        "Single ops",
         "Microseconds per call. The limit is the larger of the multiply-accumulates at the measured FMA peak and the "
-        "bytes of input, weights and output at the measured bandwidth of the memory that holds them."
+        "bytes of input, weights and output at the measured bandwidth of the memory that holds them.",
     )
     for label, found in op_run.groups(document):
         table = []
@@ -138,42 +100,6 @@ def ops(stem: str, document: Document) -> Section:
             Picture.of(figure, f"Single ops, {stem}: ratio to the best peer, fraction of the limit")
         )
     section.notes = op_run.notes(document)
-    section.details = _details(document)
-    return section
-
-
-def gpus(stem: str, document: Document) -> Section:
-    """Whole models on a GPU, graphs and calls."""
-    section = Section(stem, f"Whole models on a GPU: {machine_of(document)}")
-    section.intro = (
-        "Two clocks. Graphs: every variant captured into a CUDA graph, replays timed by the device. Calls: host wall "
-        "clock with a synchronise after each call. Outputs pass the 2x rule against float64 first."
-    )
-    good = [found for found in document["cells"] if not found.get("red")]
-    for kind, labels, ours in (("graphs", gpu.GRAPHS, (gpu.OURS,)), ("calls", gpu.CALLS, (gpu.OURS, gpu.OURS_GRAPHS))):
-        seen = [name for name in labels if any(name in found[kind] for found in good)]
-        table, names, times = [], [], []
-        for found in good:
-            medians = {name: facts["median_ms"] for name, facts in found[kind].items() if "median_ms" in facts}
-            ratios = [found[kind].get(name, {}).get("speedup_vs_best_peer") for name in ours]
-            name = f"{inputs.ledger_name(found['model'])} {found['resolution']}"
-            head = [Cell(name), Cell(found["dtype"]), Cell.number(found["batch"], "d")]
-            table.append(
-                [*head, *(Cell.number(medians.get(peer), ".3f") for peer in seen), *(Cell.ratio(r) for r in ratios)]
-            )
-            if gpu.OURS in medians:
-                names.append(f"{name}, b{found['batch']}, {found['dtype']}")
-                times.append(medians)
-        versus = ("vs best peer",) if len(ours) == 1 else ("enable() vs best", "cuda_graphs vs best")
-        caption = "CUDA graph against CUDA graph, device ms" if kind == "graphs" else "Calls, host ms"
-        section.tables.append(
-            Table(caption, ("model", "dtype", "batch", *(labels[name] for name in seen), *versus), table)
-        )
-        if names and kind == "graphs":
-            figure = page_plots.speedups("CUDA graph against CUDA graph", names, times, labels)
-            section.pictures.append(Picture.of(figure, f"Models on a GPU, {stem}: time over that of mnv4_ops"))
-    section.notes = [f"not measured: {text}" for text in document.get("not_measured", [])]
-    section.details = _details(document)
     return section
 
 
@@ -202,10 +128,12 @@ def arm(stem: str, document: Document) -> Section:
 
 def front(stem: str, document: Document) -> Section:
     """Accuracy against latency."""
-    section = Section(stem, f"Accuracy against latency: {machine_of(document)}")
-    section.intro = (
+    section = section_of(
+        stem,
+        document,
+        "Accuracy against latency",
         "Published ImageNet top-1 (timm's checkpoints at the resolution named) against the latency measured here: the "
-        "better of torch's two memory formats before enable(), and the same model after it."
+        "better of torch's two memory formats before enable(), and the same model after it.",
     )
     points = document["points"]
     columns = (
@@ -239,14 +167,13 @@ def front(stem: str, document: Document) -> Section:
     section.pictures.append(Picture.of(page_plots.pareto(title, points), f"Pareto front, {stem}"))
     sources = sorted({point["source"] for point in points})
     section.notes = [f"accuracy: {source}" for source in sources]
-    section.details = _details(document)
     return section
 
 
 BUILDERS: dict[str, Callable[[str, Document], Section]] = {
     "models": models,
     "ops": ops,
-    "gpu": gpus,
+    "gpu": page_gpu.section,
     "pareto": front,
     "arm": arm,
 }
@@ -269,9 +196,10 @@ def summary(documents: dict[str, Document]) -> Section:
                 for label, found in op_run.groups(document)
             ]
         elif kind == "gpu":
-            cells = [c for c in document["cells"] if not c.get("red") and "compile_graph" in c["graphs"]]
-            ratios = [c["graphs"][gpu.OURS]["speedup_vs_best_peer"] for c in cells if gpu.OURS in c["graphs"]]
-            groups = [("whole models, CUDA graphs", ratios)]
+            cells = [c for c in document.get("cells", []) if not c.get("red") and page_gpu.headline(c)]
+            ratios = [c["graphs"][gpu.OURS]["speedup_vs_best_peer"] for c in cells]
+            blocks = [row["speedup"] for row in document.get("mqa", []) if "speedup" in row]
+            groups = [("whole models, CUDA graphs", ratios), ("Mobile MQA blocks, CUDA graphs", blocks)]
         for label, ratios in groups:
             if ratios:
                 won = sum(ratio >= 1 for ratio in ratios)
@@ -281,21 +209,6 @@ def summary(documents: dict[str, Document]) -> Section:
     columns = ("what", "machine", "rows", "geometric mean", "worst", "best", "rows >= 1")
     section.tables.append(Table("Headline rows only: those quoted against every main peer", columns, table))
     return section
-
-
-def _details(document: Document) -> dict[str, str]:
-    env = document.get("environment") or {}
-    packages = env.get("packages") or document.get("versions") or {}
-    details = {
-        "machine": machine_of(document),
-        "date": str(env.get("date") or document.get("date", ""))[:10],
-        "commit": env.get("commit") or "not recorded",
-        "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
-    }
-    cpu = env.get("cpu")
-    if cpu:
-        details["CPU tier"] = f"{cpu['tier']} of {', '.join(cpu['tiers'])}; {env['platform']}, {env['python']}"
-    return details | {key: str(value) for key, value in (document.get("method") or {}).items()}
 
 
 def _left_out(cells: list[Document]) -> list[str]:
