@@ -77,6 +77,15 @@ def test_cases_cover_every_block_of_the_ledger() -> None:
         assert counted == sum(entry.macs for entry in ledger("hybrid_medium") if entry.spec.kind == kind)
 
 
+def test_a_case_is_known_by_its_name() -> None:
+    """`compare` and `--keep` tell rows apart by op and name."""
+    for op in ops.OPS:
+        cases = op.cases(MODELS)
+        assert len({case.name for case in cases}) == len(cases), op.name
+    names = {case.name for case in ops.by_name("head").cases(["conv_large", "hybrid_large"])}
+    assert names == {"512-960-1280-1000 @12x12", "512-960-1280-1000 gelu @12x12"}
+
+
 def test_single_convolutions_add_up_to_their_blocks() -> None:
     found: dict[str, int] = {}
     for name in ("pointwise", "depthwise", "dense"):

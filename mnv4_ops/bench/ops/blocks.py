@@ -74,19 +74,20 @@ class Head(_Block):
 
 
 def shape(spec: Spec) -> str:
-    """Channels and kernels in short: `96-384-96 k3,5 s2`."""
+    """Channels and kernels in short: `96-384-96 k3,5 s2`; `ls` is a layer scale."""
     stride = " s2" if getattr(spec, "stride", 1) == 2 else ""
+    act = "" if getattr(spec, "act", "relu") == "relu" else f" {spec.act}"
     if isinstance(spec, UIBSpec):
         kernels = ",".join(str(k) for k in (spec.start_kernel, spec.mid_kernel) if k)
-        act = "" if spec.act == "relu" else f" {spec.act}"
-        return f"{spec.c_in}-{spec.c_mid}-{spec.c_out}" + (f" k{kernels}" if kernels else "") + stride + act
+        scale = " ls" if spec.layer_scale else ""
+        return f"{spec.c_in}-{spec.c_mid}-{spec.c_out}" + (f" k{kernels}" if kernels else "") + stride + act + scale
     if isinstance(spec, FusedIBSpec):
-        return f"{spec.c_in}-{spec.c_mid}-{spec.c_out} k{spec.kernel}{stride}"
+        return f"{spec.c_in}-{spec.c_mid}-{spec.c_out} k{spec.kernel}{stride}{act}"
     if isinstance(spec, ConvSpec):
-        return f"{spec.c_in}-{spec.c_out} k{spec.kernel}{stride}"
+        return f"{spec.c_in}-{spec.c_out} k{spec.kernel}{stride}{act}"
     if isinstance(spec, MQASpec):
         dims = f"{spec.key_dim}" if spec.key_dim == spec.value_dim else f"{spec.key_dim},{spec.value_dim}"
         return f"{spec.c} h{spec.heads} d{dims}" + (" kv s2" if spec.kv_stride == 2 else "")
     if isinstance(spec, HeadSpec):
-        return f"{spec.c_in}-{spec.c_feat}-{spec.c_hidden}-{spec.classes}"
+        return f"{spec.c_in}-{spec.c_feat}-{spec.c_hidden}-{spec.classes}{act}"
     return spec.kind

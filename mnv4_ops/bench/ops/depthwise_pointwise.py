@@ -49,7 +49,8 @@ class DepthwisePointwise(Op):
 
     def shape(self, spec: Pair) -> str:
         stride = " s2" if spec.depthwise.stride == 2 else ""
-        return f"{spec.channels[0]}-{spec.channels[1]} k{spec.depthwise.kernel}{stride}"
+        acts = f"{spec.depthwise.act}/{spec.pointwise.act}"
+        return f"{spec.channels[0]}-{spec.channels[1]} k{spec.depthwise.kernel}{stride} {acts}"
 
     def module(self, case: Case) -> torch.nn.Module:
         return torch.nn.Sequential(
