@@ -151,6 +151,10 @@ def test_plan() -> None:
     plan = gpu_run.GpuPlan(["mobilenetv4_conv_small"], [1, 8], ["float16", "float32"], peers="eager_cl, compile_graph")
     assert plan.chosen() == ("eager_cl", "compile_graph")
     assert len(plan.cells()) == 4
+    everything = gpu_run.GpuPlan([], [], []).chosen()
+    assert "compile_graph" in everything
+    assert "freeze_graph" not in everything
+    assert gpu_run.GpuPlan([], [], [], peers="freeze_graph").chosen() == ("freeze_graph",)
     with pytest.raises(BenchError, match="no peer 'openvino' on a GPU; known: all, none, cudnn_graph"):
         gpu_run.GpuPlan([], [], [], peers="openvino").chosen()
 

@@ -15,7 +15,19 @@ import torch
 from typer.testing import CliRunner
 
 from mnv4_ops import _native
-from mnv4_ops.bench import cell, compare, gpu, op_run, page, page_files, page_report, pareto, rows
+from mnv4_ops.bench import (
+    cell,
+    compare,
+    gpu,
+    op_run,
+    page,
+    page_files,
+    page_gpu,
+    page_report,
+    page_sections,
+    pareto,
+    rows,
+)
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.cli import app
 
@@ -102,6 +114,53 @@ def test_markdown_has_the_same_tables(written: tuple[Path, Path]) -> None:
         lines = [line for line in block.splitlines() if line.startswith("|")]
         lengths[block.splitlines()[0]] = {line.replace("\\|", "").count("|") for line in lines}
     assert all(len(found) == 1 for found in lengths.values()), lengths
+
+
+def test_the_section_of_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    def facts(ms: float, **more: float) -> dict[str, float]:
+        return {"median_ms": ms, "cold_median_ms": 2 * ms, **more}
+
+    found = {"model": "mobilenetv4_conv_small", "resolution": 224, "batch": 8, "dtype": "float16", "red": None}
+    found |= {"graphs": {"compile_graph": facts(0.3), "mnv4_ops": facts(0.1, speedup_vs_best_peer=3.0)}, "calls": {}}
+    found |= {"memory": {"eager_cl": 2**22, "mnv4_ops": 2**21}}
+    bare = found | {"batch": 1, "memory": {}, "graphs": {"mnv4_ops": facts(0.1, speedup_vs_best_peer=5.0)}}
+    block = {"model": "conv_small", "block": "dense 3-32 k3s2 none-none-relu symmetric", "height": 4, "width": 5}
+    blocks = [block | {"times_in_model": 2, "batch": batch, "us": us} for batch, us in ((8, 6.0), (1, 2.0))]
+    rows_of_mqa = [
+        {"block": "hybrid 8x8", "dtype": "torch.float16", "batch": 1, "us": {"timm": 50.0, "mnv4_ops": 20.0}}
+    ]
+    rows_of_mqa[0]["speedup"] = 2.5
+    document = {"device": "GPU", "cells": [found, bare], "blocks": blocks, "mqa": rows_of_mqa}
+    section = page_gpu.section("h", document)
+    tables = {table.caption.split(",")[0]: table for table in section.tables}
+    assert len(tables) == 4
+    graphs = tables["CUDA graph against CUDA graph"]
+    texts = [dict(zip(graphs.columns, (cell.text for cell in row), strict=True)) for row in graphs.rows]
+    assert [row["vs best peer"] for row in texts] == ["3.00x", "5.00x *"]
+    assert texts[0]["mnv4_ops + CUDA graph, cold L2"] == "0.200"
+    assert any("no headline" in note for note in section.notes)
+    assert [cell.text for cell in tables["Peak memory of a forward without the model's own weights"].rows[0]][3:] == [
+        "4", "2", "0.50"
+    ]  # fmt: skip
+    (row,) = tables["Convolution blocks of mnv4_ops"].rows
+    assert [cell.text for cell in row] == ["conv_small dense 3-32 k3s2 relu", "4 x 5", "2", "2.0", "6.0"]
+    (row,) = tables["Mobile MQA blocks"].rows
+    assert [cell.text for cell in row] == ["hybrid 8x8", "float16", "1", "50.0", "20.0", "2.50x"]
+    summary = page_sections.summary({"h": document}).tables[0]
+    assert [row[3].text for row in summary.rows] == ["3.00x", "2.50x"]
+    # the rows of benchmarks/gpu_mqa.py alone, and a list that is no result
+    (tmp_path / "mqa_bench.json").write_text(json.dumps(rows_of_mqa))
+    (tmp_path / "other.json").write_text("[1]")
+    assert list(page_files.load(tmp_path)) == ["mqa_bench"]
+    assert len(page_gpu.section("m", page_files.load(tmp_path)["mqa_bench"]).tables) == 1
+
+
+def test_columns_of_words_are_told_from_numbers() -> None:
+    number, words, span = page.Cell.number(1.0, ".1f"), page.Cell("avx512"), page.Cell("1.0 - 2.0")
+    assert page.Table("", ("a", "b", "c"), [[number, words, span]]).texts == {1}
+    assert str(page._breakable("enable(x=True)<b>")) == "enable(<wbr>x=<wbr>True)&lt;b&gt;"
 
 
 def _browse(*arguments: str) -> subprocess.CompletedProcess[bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from mnv4_ops.bench import gpu, gpu_report, inputs, machine
+from mnv4_ops.bench import peers as registry
 from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.run import Outcome
@@ -41,7 +42,7 @@ class GpuPlan:
 
     def chosen(self) -> tuple[str, ...]:
         if self.peers in ("all", "none"):
-            return gpu.PEERS if self.peers == "all" else ()
+            return tuple(peer.name for peer in registry.GPU_PEERS if not peer.slow) if self.peers == "all" else ()
         names = tuple(part.strip() for part in self.peers.split(",") if part.strip())
         for name in names:
             if name not in gpu.PEERS:

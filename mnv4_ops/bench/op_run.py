@@ -17,8 +17,6 @@ from mnv4_ops.bench.roofline_report import models_of
 
 SCHEMA = "mnv4-ops/ops/1"
 OURS = rows.OURS
-# compilers take minutes over a ledger: only on request
-SLOW_TO_PREPARE = ("torch_compile", "torch_compile_cl", "torch_freeze_cl", "litert")
 _METHOD = {
     "gate": "every output is compared first: float32 on the CPU max|d|/max|ref| <= 2e-5, otherwise the 2x rule against "
     "float64 (peers twice that); a wrong one has no time",
@@ -65,9 +63,10 @@ class OpsPlan:
 
     def chosen(self) -> tuple[str, ...]:
         """Names of the peers; `all` leaves out those that take minutes to prepare."""
-        known = [peer.name for peer in rows.peers_of(self.device)]
+        here = rows.peers_of(self.device)
+        known = [peer.name for peer in here]
         if self.peers in ("all", "none"):
-            return tuple(name for name in known if name not in SLOW_TO_PREPARE) if self.peers == "all" else ()
+            return tuple(peer.name for peer in here if not peer.slow) if self.peers == "all" else ()
         names: list[str] = []
         for name in filter(None, (part.strip() for part in self.peers.split(","))):
             names += [peer for peer in known if peer.startswith("torch_")] if name == "torch" else [name]

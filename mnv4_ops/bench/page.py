@@ -46,6 +46,15 @@ class Table:
     columns: tuple[str, ...]
     rows: list[list[Cell]]
 
+    @property
+    def texts(self) -> set[int]:
+        """Columns of words: without numbers to sort by, and not of ranges."""
+        return {
+            index
+            for index in range(len(self.columns))
+            if all(row[index].key is None and not row[index].text[:1].isdigit() for row in self.rows)
+        }
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -87,9 +96,17 @@ def html(title: str, lead: str, sections: list[Section]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = _breakable
     template = environment.from_string((folder / "report.html.j2").read_text())
     style, script = ((folder / name).read_text() for name in ("report.css", "report.js"))
     return template.render(title=title, lead=lead, sections=sections, style=style, script=script)
+
+
+def _breakable(text: str) -> Any:
+    """Lets a long name in a heading go on in the next line after its dots, parentheses and signs."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"(?<=[.(=_+-])(?=\w)", "<wbr>", str(markupsafe.escape(text))))
 
 
 def markdown(title: str, lead: str, sections: list[Section]) -> str:

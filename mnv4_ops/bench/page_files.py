@@ -43,7 +43,9 @@ def kind_of(document: Document) -> str | None:
     if document.get("schema") in schemas:
         return schemas[document["schema"]]
     rows = document.get("mqa")
-    if ("cells" in document and "device" in document) or (rows and all("block" in row and "us" in row for row in rows)):
+    if ("cells" in document and "device" in document) or (
+        rows and all(isinstance(row, dict) and {"block", "us"} <= set(row) for row in rows)
+    ):
         return "gpu"
     return "arm" if str(document.get("kind", "")).startswith("emulated") else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,12 @@ def _attention(found: Sequence[Document]) -> Table:
     return Table("Mobile MQA blocks, CUDA graph against CUDA graph, us", columns, table)
 
 
+def _short(block: str) -> str:
+    """The key of a kernel table without what is the same everywhere: activations that are none, symmetric padding."""
+    parts = block.replace(" symmetric", "").replace("none-", "").replace("-none", "")
+    return re.sub(r" none\b", "", parts)
+
+
 def _blocks(found: Sequence[Document]) -> Table:
     """One row per block, one column per batch size."""
     batches = sorted({row["batch"] for row in found})
@@ -121,7 +128,7 @@ def _blocks(found: Sequence[Document]) -> Table:
         micros.setdefault(key, {})[row["batch"]] = row["us"]
     table = [
         [
-            Cell(f"{model} {block}"),
+            Cell(f"{model} {_short(block)}"),
             Cell(f"{height} x {width}", float(height * width)),
             Cell.number(times, "d"),
             *(Cell.number(by_batch.get(batch), ".1f") for batch in batches),

@@ -35,7 +35,7 @@ def speedups(
     axes.axvline(1, color="black", linewidth=1.2)
     axes.set_yticks(places, rows)
     axes.set_xscale("log")
-    plots.plain_log(axes.xaxis)
+    plots.plain_log(axes.xaxis, ratios=True)
     axes.set_xlabel("time / time of mnv4_ops (right of 1: mnv4_ops is faster)")
     axes.set_title(title)
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -61,13 +61,13 @@ def ops(title: str, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
             axes.scatter(x, y, s=18, alpha=0.7, color=plots.COLOURS[index], label=text, zorder=3)
     left.axvline(1, color="black", linewidth=1.2)
     left.set_xscale("log")
-    plots.plain_log(left.xaxis)
+    plots.plain_log(left.xaxis, ratios=True)
     left.set_xlabel("time of the best peer / ours")
     right.set_xlabel("% of the measured limit")
     right.set_xlim(0, None)
     left.set_yticks(range(len(names))[::-1], [labels.get(name, name) for name in names])
     left.set_title(title)
-    right.legend(loc="lower right")
+    right.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(threads))
     return made
 
 

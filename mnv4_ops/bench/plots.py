@@ -68,11 +68,12 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **opti
     return made, made.subplots(rows, columns, squeeze=False, **options)
 
 
-def plain_log(axis: Any) -> None:
-    """A logarithmic axis with plain numbers on few ticks."""
+def plain_log(axis: Any, *, ratios: bool = False) -> None:
+    """A logarithmic axis with plain numbers on few ticks; for `ratios`, which lie around 1, more of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    parts = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if ratios else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=parts, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

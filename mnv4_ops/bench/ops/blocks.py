@@ -76,7 +76,8 @@ class Head(_Block):
 def shape(spec: Spec) -> str:
     """Channels and kernels in short: `96-384-96 k3,5 s2`; `ls` is a layer scale."""
     stride = " s2" if getattr(spec, "stride", 1) == 2 else ""
-    act = "" if getattr(spec, "act", "relu") == "relu" else f" {spec.act}"
+    act = getattr(spec, "act", "relu")
+    act = "" if act == "relu" else f" {act}"
     if isinstance(spec, UIBSpec):
         kernels = ",".join(str(k) for k in (spec.start_kernel, spec.mid_kernel) if k)
         scale = " ls" if spec.layer_scale else ""

@@ -28,7 +28,8 @@ class Peer:
 
     `device`: cpu or cuda. `dtypes`: what it computes in. `order`: place in the tables. `captured` (GPU): the call is
     captured into a CUDA graph, whose replays are timed by the device; otherwise calls are, by the clock of the host.
-    `several_inputs`: it also takes a module of several tensors, `example` being a tuple then.
+    `several_inputs`: it also takes a module of several tensors, `example` being a tuple then. `slow`: takes minutes to
+    prepare a whole ledger (on a GPU: one model), so that `--ops` (on a GPU: `bench`) has it only where it is named.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Peer:
     order: ClassVar[int] = 100
     captured: ClassVar[bool] = False
     several_inputs: ClassVar[bool] = False
+    slow: ClassVar[bool] = False
 
     def available(self) -> str | None:
         """None if it can be used here, otherwise the reason why not."""

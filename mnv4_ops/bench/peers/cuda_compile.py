@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,17 +22,28 @@ class CompileGraph(CudaPeer):
     captured = True
     order = 12
     mode: ClassVar[str | None] = None
+    options: ClassVar[dict[str, Any] | None] = None
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
         known = _compiled.setdefault(model, {})
-        key = f"{self.mode} {tuple(example.shape)}"
+        key = f"{self.mode} {self.options} {tuple(example.shape)}"
         if key not in known:
             own = copy.deepcopy(model).to(memory_format=torch.channels_last)
             x = example.to(memory_format=torch.channels_last)
             # fullgraph: a graph break would make a slow peer, and with it a flattering comparison
-            compiled = torch.compile(own, fullgraph=True, dynamic=False, mode=self.mode)
+            compiled = torch.compile(own, fullgraph=True, dynamic=False, mode=self.mode, options=self.options)
             known[key] = lambda: compiled(x)
         return known[key]
+
+
+class FreezeGraph(CompileGraph):
+    """The strongest setting; it compiles for minutes."""
+
+    name = "freeze_graph"
+    label = "torch.compile max-autotune + freezing + CUDA graph"
+    order = 14
+    slow = True
+    options: ClassVar[dict[str, Any] | None] = {"freezing": True, "max_autotune": True}
 
 
 class CompileCall(CompileGraph):

@@ -19,6 +19,7 @@ class LiteRt(Peer):
     requires = ("ai_edge_litert", "litert_torch")
     install = "pip install 'mnv4-ops[litert]'"
     order = 72
+    slow = True
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
         import litert_torch

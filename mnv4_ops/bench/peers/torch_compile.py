@@ -19,6 +19,7 @@ class Compile(Peer):
     dtypes = CPU_DTYPES
     order = 20
     several_inputs = True
+    slow = True
     channels_last = False
     options: ClassVar[dict[str, Any] | None] = None
 
