@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,3 +269,47 @@ def test_lanes_go_with_the_module(ways: Ways) -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="weak reference"):
         core.Lane(make(), None, None, [])
+
+
+# in processes of their own: torch is looked at once, at first use
+FIRST_USE = {
+    "many threads": """
+barrier, found = threading.Barrier(8), []
+def work():
+    barrier.wait()
+    found.append(core.lanes_found())
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert found == [True] * 8, found
+""",
+    "an error": """
+def fails(*args): raise RuntimeError("not in this torch")
+torch._neg_view = fails
+assert not core.lanes_found()
+model = mnv4_ops.reference.create_model("conv_small").eval()
+with torch.no_grad(), mnv4_ops.enable():
+    first, second = (model(torch.ones(1, 3, 32, 32)) for _ in range(2))
+assert torch.equal(first, second)
+assert not mnv4_ops.cache.lanes
+""",
+    "an interrupt": """
+neg_view = torch._neg_view
+def stopped(*args): raise KeyboardInterrupt
+torch._neg_view = stopped
+try:
+    core.lanes_found()
+except KeyboardInterrupt:
+    torch._neg_view = neg_view
+assert core.lanes_found() and torch._neg_view is neg_view
+""",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_USE)
+def test_first_use(name: str) -> None:
+    head = "import threading, torch, mnv4_ops.cache, mnv4_ops.reference\nfrom mnv4_ops._native import core\n"
+    env = {**os.environ, "PYTHONPATH": str(Path(mnv4_ops.__file__).parent.parent), "MNV4_OPS_STRICT": "1"}
+    command = [sys.executable, "-c", head + FIRST_USE[name]]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

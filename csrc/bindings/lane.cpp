@@ -11,10 +11,6 @@
 #include <memory>
 #include <vector>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
-
 #include "bindings/common.h"
 #include "bindings/guard.h"
 #include "bindings/torch_tensor.h"
@@ -28,7 +24,6 @@ using Sizes = std::array<std::int64_t, 4>;
 
 // Of an object behind a tensor: the word that holds its dispatch keys, found by trying.
 std::size_t find_key_word() {
-  constexpr std::size_t kImplBytes = 176;
   const DtypeWord& dtype = dtype_word();
   if (!dtype.word_at) return 0;
   py::module_ torch = py::module_::import("torch");
@@ -41,12 +36,10 @@ std::size_t find_key_word() {
   others.push_back(zeros(1, py::arg("device") = "meta"));
   others.push_back(zeros(1).attr("to_sparse")());
   {
-    const py::object mode = torch.attr("inference_mode")();
-    mode.attr("__enter__")();
+    const Inside mode(torch.attr("inference_mode")());
     others.push_back(zeros(1));
-    mode.attr("__exit__")(py::none(), py::none(), py::none());
   }
-  for (std::size_t at = 64; at + 8 <= kImplBytes; at += 8) {
+  for (std::size_t at = kImplFrom; at + 8 <= kImplBytes; at += 8) {
     const auto word = [&](const py::object& t) { return load_at<std::uint64_t>(dtype.impl(t.ptr()), at); };
     bool good = word(plain[0]) != 0;
     for (const py::object& t : plain) good = good && word(t) == word(plain[0]);
@@ -67,58 +60,55 @@ struct Torch {
   std::int32_t (*dim)(const void* const*, std::int64_t*) = nullptr;
   std::int32_t (*sizes)(const void* const*, std::int64_t**) = nullptr;
   std::int32_t (*strides)(const void* const*, std::int64_t**) = nullptr;
-  PyObject *empty = nullptr, *float32 = nullptr, *cpu = nullptr, *channels_last = nullptr, *names = nullptr;
+  PyObject *empty = nullptr, *float32 = nullptr, *cpu = nullptr, *channels_last = nullptr;
+  PyObject *row_names = nullptr, *image_names = nullptr;  // of the keywords of empty()
   bool found = false;
 
   const Keys* keys() const {
-#if defined(__linux__)
-    thread_local const Keys* mine = static_cast<const Keys*>(dlsym(c10, "_ZN3c104impl26raw_local_dispatch_key_setE"));
+    thread_local const Keys* mine =
+        static_cast<const Keys*>(torch_symbol(c10, "_ZN3c104impl26raw_local_dispatch_key_setE"));
     return mine;
-#else
-    return nullptr;
-#endif
   }
 
-  template <class F>
-  static void lookup([[maybe_unused]] F& f, [[maybe_unused]] void* library, [[maybe_unused]] const char* name) {
-#if defined(__linux__)
-    f = reinterpret_cast<F>(dlsym(library, name));
-#endif
+  bool read(const void* impl, int n, Sizes& size, Sizes& stride) const {
+    std::int64_t *s = nullptr, *p = nullptr;
+    if (sizes(&impl, &s) != 0 || strides(&impl, &p) != 0) return false;
+    for (int i = 0; i < n; ++i) size[i] = s[i], stride[i] = p[i];
+    return true;
   }
 
-  Torch() {
-    if (tensor_functions().data_ptr == nullptr) return;
+  Torch() : found(holds([this] { return find(); })) {}
+
+ private:
+  bool find() {
+    if (tensor_functions().data_ptr == nullptr) return false;
     void* library = torch_library("libtorch_cpu.so");
     c10 = torch_library("libc10.so");
-    if (library == nullptr || c10 == nullptr || keys() == nullptr) return;
-    lookup(grad, library, "aoti_torch_grad_mode_is_enabled");
-    lookup(threads, library, "_ZN2at15get_num_threadsEv");
-    lookup(callbacks, library, "_ZN2at12hasCallbacksEv");
-    lookup(function_modes, library, "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv");
-    lookup(dim, library, "aoti_torch_get_dim");
-    lookup(sizes, library, "aoti_torch_get_sizes");
-    lookup(strides, library, "aoti_torch_get_strides");
-    if (!grad || !threads || !callbacks || !function_modes || !dim || !sizes || !strides) return;
+    const bool all = keys() != nullptr && find_symbol(grad, library, "aoti_torch_grad_mode_is_enabled") &&
+                     find_symbol(threads, library, "_ZN2at15get_num_threadsEv") &&
+                     find_symbol(callbacks, library, "_ZN2at12hasCallbacksEv") &&
+                     find_symbol(function_modes, library, "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv") &&
+                     find_symbol(dim, library, "aoti_torch_get_dim") &&
+                     find_symbol(sizes, library, "aoti_torch_get_sizes") &&
+                     find_symbol(strides, library, "aoti_torch_get_strides");
+    if (!all) return false;
     py::module_ torch = py::module_::import("torch");
-    const py::object ordinary = torch.attr("inference_mode")(false);  // the first call may come from inside of it
-    ordinary.attr("__enter__")();
+    const Inside ordinary(torch.attr("inference_mode")(false));  // the first call may come from inside of it
     keys_at = find_key_word();
-    found = keys_at != 0 && answers(torch);
-    ordinary.attr("__exit__")(py::none(), py::none(), py::none());
-    if (!found) return;
+    if (keys_at == 0 || !answers(torch)) return false;
     const auto keep = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
     empty = keep("empty"), float32 = keep("float32"), channels_last = keep("channels_last");
     cpu = py::object(torch.attr("device")("cpu")).release().ptr();
-    names = py::make_tuple("dtype", "device", "memory_format").release().ptr();
+    row_names = py::make_tuple("dtype", "device").release().ptr();
+    image_names = py::make_tuple("dtype", "device", "memory_format").release().ptr();
+    return true;
   }
 
   // what each context changes must be seen, and go again
   bool answers(const py::module_& torch) const {
     const auto inside = [](const py::object& context, const auto& f) {
-      context.attr("__enter__")();
-      const bool good = f();
-      context.attr("__exit__")(py::none(), py::none(), py::none());
-      return good;
+      const Inside now(context);
+      return f();
     };
     const Keys before = *keys();
     const std::int64_t modes = function_modes();
@@ -137,19 +127,9 @@ struct Torch {
            p[1] == 3;
     return good && *keys() == before && function_modes() == modes;
   }
-
-  bool read(const void* impl, int n, Sizes& size, Sizes& stride) const {
-    std::int64_t *s = nullptr, *p = nullptr;
-    if (sizes(&impl, &s) != 0 || strides(&impl, &p) != 0) return false;
-    for (int i = 0; i < n; ++i) size[i] = s[i], stride[i] = p[i];
-    return true;
-  }
 };
 
-const Torch& torch_state() {
-  static Torch* state = new Torch();
-  return *state;
-}
+const Torch& torch_state() { return made_once<Torch>(); }
 
 // Lanes step aside while somebody watches what the long way does. Changed under the GIL.
 int g_paused = 0;
@@ -170,31 +150,19 @@ class Lane {
 
   /// Notes an input that has just passed all checks, and the shape of its output. False if it cannot be recognized.
   bool learn(const py::object& x, const py::tuple& shape) {
-    Case c;
-    if (!torch_state().found || !look(x.ptr(), c)) return false;
-    c.key = *torch_state().keys();
-    c.tensor_keys = tensor_keys(x.ptr());
-    c.shape = shape;
-    c.image = shape.size() == 4;
-    Case& place = cases_[oldest_++ % kCases];
-    place = std::move(c);
+    Input now;
+    if (!torch_state().found || !look(x.ptr(), now)) return false;
+    if (!shape_of(now)) cases_[oldest_++ % kCases] = {now, shape};
     return true;
   }
 
   /// The output, a new reference; None: go the long way; null with an error set.
   PyObject* run(PyObject* module, PyObject* x) {
     const Torch& torch = torch_state();
-    Case now;
+    Input now;
     if (g_paused || alive() != module || !look(x, now)) Py_RETURN_NONE;
-    const Keys key = *torch.keys();
-    const std::uint64_t tensor = tensor_keys(x);
-    const Case* known = nullptr;
-    for (const Case& c : cases_) {
-      if (c.threads == now.threads && c.size == now.size && c.stride == now.stride && c.key == key &&
-          c.tensor_keys == tensor && c.dtype == now.dtype)
-        known = &c;
-    }
-    if (known == nullptr) Py_RETURN_NONE;
+    const py::object shape = shape_of(now);
+    if (!shape) Py_RETURN_NONE;
     for (py::handle h : hooks_)
       if (PyDict_Size(h.ptr()) != 0) Py_RETURN_NONE;
     if (check(*guard_, module) != 0) Py_RETURN_NONE;
@@ -202,11 +170,9 @@ class Lane {
     void* address = nullptr;
     if (tensor_functions().data_ptr(&impl, &address) != 0) Py_RETURN_NONE;
 
-    const py::object shape = known->shape;
     PyObject* const arguments[] = {shape.ptr(), torch.float32, torch.cpu, torch.channels_last};
-    static PyObject* const two = py::make_tuple("dtype", "device").release().ptr();
-    py::object out = py::reinterpret_steal<py::object>(
-        PyObject_Vectorcall(torch.empty, arguments, 1, known->image ? torch.names : two));
+    PyObject* const names = PyTuple_GET_SIZE(shape.ptr()) == 4 ? torch.image_names : torch.row_names;
+    py::object out = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch.empty, arguments, 1, names));
     std::uintptr_t to = 0;
     if (!out || !read_data_ptr(out.ptr(), to)) return nullptr;
     const auto& s = now.size;
@@ -218,16 +184,30 @@ class Lane {
   }
 
  private:
-  struct Case {
+  // what is compared
+  struct Input {
     int threads = 0;
     DtypeWord::Word dtype = 0;
-    bool image = false;
     std::uint64_t tensor_keys = 0;
     Sizes size{}, stride{};
-    Keys key{};
-    py::object shape;
+    Keys keys{};
+
+    bool same(const Input& o) const {
+      return threads == o.threads && size == o.size && stride == o.stride && keys == o.keys &&
+             tensor_keys == o.tensor_keys && dtype == o.dtype;
+    }
+  };
+  struct Case {
+    Input input;
+    py::object shape;  // of the output, a tuple
   };
 
+  // null: not met yet. A reference, since other threads learn while Python runs in this one.
+  py::object shape_of(const Input& now) const {
+    for (const Case& c : cases_)
+      if (c.input.same(now)) return c.shape;
+    return {};
+  }
   PyObject* alive() const {
 #if PY_VERSION_HEX >= 0x030D0000
     PyObject* o = nullptr;
@@ -238,19 +218,18 @@ class Lane {
     return PyWeakref_GetObject(module_.ptr());
 #endif
   }
-  static std::uint64_t tensor_keys(PyObject* x) {
-    return load_at<std::uint64_t>(dtype_word().impl(x), torch_state().keys_at);
-  }
   // false: nothing that a lane takes
-  static bool look(PyObject* x, Case& c) {
+  static bool look(PyObject* x, Input& seen) {
     const Torch& torch = torch_state();
     if (Py_TYPE(x) != tensor_type() || torch.grad() || torch.function_modes() != 0 || torch.callbacks()) return false;
     const void* impl = dtype_word().impl(x);
     std::int64_t n = 0;
-    if (torch.dim(&impl, &n) != 0 || n != 4 || !torch.read(impl, 4, c.size, c.stride)) return false;
-    c.dtype = dtype_word().read(x);
-    c.threads = torch.threads();
-    return c.size[0] > 0;
+    if (torch.dim(&impl, &n) != 0 || n != 4 || !torch.read(impl, 4, seen.size, seen.stride)) return false;
+    seen.threads = torch.threads();
+    seen.dtype = dtype_word().read(x);
+    seen.tensor_keys = load_at<std::uint64_t>(impl, torch.keys_at);
+    seen.keys = *torch.keys();
+    return seen.size[0] > 0;
   }
 
   static constexpr std::size_t kCases = 8;

@@ -12,6 +12,7 @@ namespace {
 
 // the C functions behind torch.Tensor's attributes; going through them skips the attribute look-up
 struct TensorApi {
+  PyTypeObject* type = nullptr;
   PyGetSetDef* version = nullptr;
   PyGetSetDef* requires_grad = nullptr;
   PyGetSetDef* dtype = nullptr;
@@ -23,22 +24,20 @@ struct TensorApi {
     return reinterpret_cast<PyGetSetDescrObject*>(d.ptr())->d_getset;
   }
   TensorApi() {
-    py::object type = py::module_::import("torch").attr("Tensor");
-    version = getset(type, "_version");
-    requires_grad = getset(type, "requires_grad");
-    dtype = getset(type, "dtype");
-    py::object d = type.attr("data_ptr");
+    py::object tensor = py::module_::import("torch").attr("Tensor");
+    version = getset(tensor, "_version");
+    requires_grad = getset(tensor, "requires_grad");
+    dtype = getset(tensor, "dtype");
+    py::object d = tensor.attr("data_ptr");
     if (Py_TYPE(d.ptr()) == &PyMethodDescr_Type) {
       PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(d.ptr())->d_method;
       if (def->ml_flags == METH_NOARGS) data_ptr = def->ml_meth;
     }
+    type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   }
 };
 
-const TensorApi& tensor_api() {
-  static TensorApi* api = new TensorApi();
-  return *api;
-}
+const TensorApi& tensor_api() { return made_once<TensorApi>(); }
 
 // new reference, null with an error set
 PyObject* get(PyGetSetDef* def, PyObject* t, const char* name) {
@@ -79,11 +78,7 @@ bool read_requires_grad(PyObject* t) {
   return yes;
 }
 
-PyTypeObject* tensor_type() {
-  static PyTypeObject* type =
-      reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
-  return type;
-}
+PyTypeObject* tensor_type() { return tensor_api().type; }
 
 void* torch_library(const char* name) {
 #if defined(__linux__)
@@ -95,9 +90,20 @@ void* torch_library(const char* name) {
 #endif
 }
 
+void* torch_symbol([[maybe_unused]] void* library, [[maybe_unused]] const char* name) {
+#if defined(__linux__)
+  return library == nullptr ? nullptr : dlsym(library, name);
+#else
+  return nullptr;
+#endif
+}
+
 DtypeWord::DtypeWord() {
-  constexpr std::size_t kImplBytes = 176;  // the least size of what a tensor object refers to
-  if (sizeof(void*) != 8) return;
+  if (!holds([this] { return find(); })) impl_at = word_at = 0;
+}
+
+bool DtypeWord::find() {
+  if (sizeof(void*) != 8) return false;
   py::module_ torch = py::module_::import("torch");
   std::vector<py::object> tensors;
   // two of each dtype and of different sizes
@@ -111,9 +117,9 @@ DtypeWord::DtypeWord() {
       all = all && load_at<std::uint64_t>(t.ptr(), at) == t.attr("_cdata").cast<std::uint64_t>();
     if (all) found = at;
   }
-  if (!found) return;
+  if (!found) return false;
   impl_at = found;
-  for (std::size_t at = 64; at + sizeof(Word) <= kImplBytes; at += sizeof(Word)) {
+  for (std::size_t at = kImplFrom; at + sizeof(Word) <= kImplBytes; at += sizeof(Word)) {
     word_at = at;
     bool good = true;
     for (std::size_t i = 0; good && i < tensors.size(); ++i)
@@ -124,15 +130,12 @@ DtypeWord::DtypeWord() {
     t.attr("data") = t.attr("data").attr("view")(torch.attr("int32"));
     good = good && read(t.ptr()) != before;
     t.attr("data") = t.attr("data").attr("view")(torch.attr("float32"));
-    if (good && read(t.ptr()) == before) return;
+    if (good && read(t.ptr()) == before) return true;
   }
-  impl_at = word_at = 0;
+  return false;
 }
 
-const DtypeWord& dtype_word() {
-  static DtypeWord* word = new DtypeWord();
-  return *word;
-}
+const DtypeWord& dtype_word() { return made_once<DtypeWord>(); }
 
 bool TensorFunctions::read(PyObject* t, std::int64_t& v, std::uintptr_t& address) const {
   const void* impl = dtype_word().impl(t);
@@ -148,16 +151,17 @@ bool TensorFunctions::read(PyObject* t, std::int64_t& v, std::uintptr_t& address
 }
 
 TensorFunctions::TensorFunctions() {
-#if defined(__linux__)
-  if (!dtype_word().impl_at) return;
-  py::module_ torch = py::module_::import("torch");
+  if (!holds([this] { return find(); })) version = nullptr, data_ptr = nullptr;
+}
+
+bool TensorFunctions::find() {
+  if (!dtype_word().impl_at) return false;
   void* library = torch_library("libtorch_cpu.so");
-  if (library == nullptr) return;
-  version = reinterpret_cast<decltype(version)>(dlsym(library, "_ZNK2at10TensorBase8_versionEv"));
-  data_ptr = reinterpret_cast<decltype(data_ptr)>(dlsym(library, "aoti_torch_get_data_ptr"));
-  bool good = version != nullptr && data_ptr != nullptr;
-  const py::object ordinary = torch.attr("inference_mode")(false);  // the first call may come from inside of it
-  ordinary.attr("__enter__")();
+  if (!find_symbol(version, library, "_ZNK2at10TensorBase8_versionEv")) return false;
+  if (!find_symbol(data_ptr, library, "aoti_torch_get_data_ptr")) return false;
+  py::module_ torch = py::module_::import("torch");
+  const Inside ordinary(torch.attr("inference_mode")(false));  // the first call may come from inside of it
+  bool good = true;
   for (int i = 0; good && i < 8; ++i) {
     py::object t = torch.attr("zeros")(i + 2)[py::slice(i, i + 2, 1)];
     for (int j = 0; j <= i; ++j) t.attr("zero_")();
@@ -166,14 +170,9 @@ TensorFunctions::TensorFunctions() {
     good = read_version(t.ptr(), v) && v > i && read_data_ptr(t.ptr(), a) && same(t.ptr(), true, v, a) &&
            !same(t.ptr(), true, v + 1, a) && !same(t.ptr(), true, v, a + 4);
   }
-  ordinary.attr("__exit__")(py::none(), py::none(), py::none());
-  if (!good) version = nullptr, data_ptr = nullptr;
-#endif
+  return good;
 }
 
-const TensorFunctions& tensor_functions() {
-  static TensorFunctions* functions = new TensorFunctions();
-  return *functions;
-}
+const TensorFunctions& tensor_functions() { return made_once<TensorFunctions>(); }
 
 }  // namespace mnv4

@@ -4,8 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <memory>
+#include <utility>
 
 namespace mnv4 {
 
@@ -25,6 +29,51 @@ T load_at(const void* base, std::size_t at) {
   return v;
 }
 
+/// A context manager of Python's, entered for as long as this lives.
+class Inside {
+ public:
+  explicit Inside(py::object context) : context_(std::move(context)) { context_.attr("__enter__")(); }
+  ~Inside() {
+    try {
+      context_.attr("__exit__")(py::none(), py::none(), py::none());
+    } catch (py::error_already_set& e) {
+      e.discard_as_unraisable("leaving a context of torch");
+    }
+  }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+
+ private:
+  py::object context_;
+};
+
+/// What a trial says; false where it raises: what cannot be tried is not used.
+template <class F>
+bool holds(F trial) {
+  try {
+    return trial();
+  } catch (py::error_already_set& e) {
+    if (!e.matches(PyExc_Exception)) throw;  // an interrupt says nothing
+  } catch (const std::exception&) {
+  }
+  return false;
+}
+
+/// The T of this process, made at first use. No lock: T() runs Python, which may let another thread come here, and that
+/// one would wait with the GIL in its hands. If two make one, the first stays.
+template <class T>
+const T& made_once() {
+  static std::atomic<const T*> made{nullptr};
+  if (const T* t = made.load(std::memory_order_acquire)) return *t;
+  auto mine = std::make_unique<const T>();
+  const T* first = nullptr;
+  if (made.compare_exchange_strong(first, mine.get(), std::memory_order_acq_rel)) return *mine.release();
+  return *first;
+}
+
+// bytes of what a tensor object refers to, where its dtype and dispatch keys are looked for: the end is its least size
+inline constexpr std::size_t kImplFrom = 64, kImplBytes = 176;
+
 /// Where a tensor object keeps the word that says its dtype, found by trying: reading it costs a load, the attribute 20
 /// ns. An equal word means an equal dtype; at another word the attribute is asked, and always where the trial fails.
 struct DtypeWord {
@@ -34,6 +83,9 @@ struct DtypeWord {
   const void* impl(PyObject* t) const { return load_at<const void*>(t, impl_at); }
   Word read(PyObject* t) const { return load_at<Word>(impl(t), word_at); }
   DtypeWord();
+
+ private:
+  bool find();
 };
 const DtypeWord& dtype_word();
 
@@ -56,10 +108,21 @@ struct TensorFunctions {
   }
   bool read(PyObject* t, std::int64_t& v, std::uintptr_t& address) const;
   TensorFunctions();
+
+ private:
+  bool find();
 };
 const TensorFunctions& tensor_functions();
 
 /// Handle of a library of torch that is loaded ("libtorch_cpu.so"), or null.
 void* torch_library(const char* name);
+/// A function or a variable of such a library, or null.
+void* torch_symbol(void* library, const char* name);
+/// The same as the pointer that it is; false: there is none.
+template <class F>
+bool find_symbol(F& f, void* library, const char* name) {
+  f = reinterpret_cast<F>(torch_symbol(library, name));
+  return f != nullptr;
+}
 
 }  // namespace mnv4
