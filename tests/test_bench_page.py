@@ -252,7 +252,7 @@ def test_committed_headlines_have_their_peers() -> None:
                 where = (stem, found["model"], found["batch"], found["dtype"])
                 if gpu.OURS in found["graphs"] and "speedup_vs_best_peer" in found["graphs"][gpu.OURS]:
                     assert set(rows.HEADLINE["cuda"]) <= set(found["graphs"]), where
-    assert {"models", "gpu", "arm"} <= seen
+    assert {"models", "ops", "pareto", "gpu", "arm"} <= seen
 
 
 def test_the_front() -> None:

@@ -103,10 +103,10 @@ def html(title: str, lead: str, sections: list[Section]) -> str:
 
 
 def _breakable(text: str) -> Any:
-    """Lets a long name in a heading go on in the next line after its dots, parentheses and signs."""
+    """Lets a long name in a heading go on in the next line after a dot, a parenthesis or a sign."""
     import markupsafe
 
-    return markupsafe.Markup(re.sub(r"(?<=[.(=_+-])(?=\w)", "<wbr>", str(markupsafe.escape(text))))
+    return markupsafe.Markup(re.sub(r"(?<=[.(=+])(?=\w)", "<wbr>", str(markupsafe.escape(text))))
 
 
 def markdown(title: str, lead: str, sections: list[Section]) -> str:

@@ -71,6 +71,32 @@ def ops(title: str, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
     return made
 
 
+def _name(axes: Any, spots: Mapping[str, tuple[float, float]], marks: Sequence[tuple[float, float]]) -> None:
+    """Writes each name beside its spot, of several places where it hides least of the other names and of the marks."""
+    size, scale = 7.0, axes.figure.dpi / 72
+    taken = []
+    for x, y in (axes.transData.transform(spot) / scale for spot in (*spots.values(), *marks)):
+        taken.append((x - 3, y - 3, x + 3, y + 3))
+    for name, spot in sorted(spots.items(), key=lambda item: item[1]):
+        x, y = axes.transData.transform(spot) / scale
+        width, best = 0.58 * size * len(name), None
+        for dy in (5, -11, -3, 15, -21, 25, -31):
+            for side in (-1, 1):
+                left = x - 6 - width if side < 0 else x + 6
+                box = (left, y + dy, left + width, y + dy + size)
+                hidden = sum(
+                    max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+                    * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
+                    for other in taken
+                )
+                if best is None or hidden + 0.2 * abs(dy) < best[0]:
+                    best = (hidden + 0.2 * abs(dy), 6 * side, dy, box)
+        assert best is not None
+        taken.append(best[3])
+        place = {"ha": "right" if best[1] < 0 else "left", "va": "bottom", "textcoords": "offset points"}
+        axes.annotate(name, spot, xytext=best[1:3], fontsize=size, **place)
+
+
 @plots.styled
 def pareto(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy against latency; MobileNetV4 before and after `enable()` joined by an arrow.
@@ -94,12 +120,12 @@ def pareto(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
             arrow = {"arrowstyle": "->", "color": colour, "alpha": 0.5}
             if p.get("after_ms"):
                 axes.annotate("", (p["after_ms"], p["top1"]), (p["before_ms"], p["top1"]), arrowprops=arrow)
-            spot = (p.get("after_ms") or p["before_ms"], p["top1"])
-            axes.annotate(p["model"], spot, xytext=(-5, 5), textcoords="offset points", fontsize=7, ha="right")
     axes.set_xscale("log")
     plots.plain_log(axes.xaxis)
     axes.set(xlabel="median ms per image", ylabel="published ImageNet top-1, %")
     axes.margins(x=0.12, y=0.08)
+    spots = {p["model"]: (p.get("after_ms") or p["before_ms"], p["top1"]) for p in points}
+    _name(axes, spots, [(p["before_ms"], p["top1"]) for p in points])
     axes.set_title(title)
     axes.legend(loc="lower right", fontsize=8)
     return made
