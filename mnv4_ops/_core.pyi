@@ -161,9 +161,16 @@ class Program:
     def run(
         self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, workspace: int, threads: int
     ) -> None: ...
+    def forward(
+        self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, threads: int
+    ) -> None: ...  # run() in a workspace of the calling thread
     def profile(
         self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, workspace: int, threads: int
     ) -> list[float]: ...  # runs; seconds by op
+
+WORKSPACE_LIMIT: int  # bytes that a thread keeps at most; more lives for one forward() only
+
+def workspace_kept() -> int: ...  # bytes that the calling thread keeps for forward()
 
 class Guard:
     """Notices when modules or their tensors are no longer what they were when it was made."""

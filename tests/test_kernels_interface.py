@@ -134,7 +134,7 @@ RUNS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["block", "head", "program", "profile"])
+@pytest.mark.parametrize("kind", ["block", "head", "program", "forward", "profile"])
 @pytest.mark.parametrize(("change", "parts"), RUNS, ids=lambda v: "-".join(map(str, v)))
 def test_bad_runs(kind: str, change: dict[str, Any], parts: tuple[str, ...]) -> None:
     # x and out are addresses that nothing may touch
@@ -143,6 +143,8 @@ def test_bad_runs(kind: str, change: dict[str, Any], parts: tuple[str, ...]) -> 
         program = core().Program([_ib(), _head()])
         call = program.run if kind == "program" else program.profile
         _raises(lambda: call(**arguments, workspace=64), "run", *parts)
+    elif kind == "forward":
+        _raises(lambda: core().Program([_ib(), _head()]).forward(**arguments), "run", *parts)
     else:
         native = _ib() if kind == "block" else _head()
         _raises(lambda: native.run(**arguments), "run", *parts)
@@ -159,6 +161,8 @@ def test_runs_before_all_stages_are_packed() -> None:
             "packed",
             error=RuntimeError,
         )
+    forward = core().Program([block]).forward
+    _raises(lambda: forward(64, 1, 5, 5, (400, 25, 5, 1), 64, 1), "packed", error=RuntimeError)
     _raises(block.export_blob, "packed", error=RuntimeError)
 
 

@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_helpers import STRUCTURES, THREADS, TestBlock, assert_same_bits, ib, model_program, run, structure
+from kernel_helpers import (
+    NAN,
+    STRUCTURES,
+    THREADS,
+    TestBlock,
+    assert_same_bits,
+    core,
+    ib,
+    model_program,
+    nan_output,
+    run,
+    structure,
+)
 
 import mnv4_ops
 from mnv4_ops import _native, check
@@ -123,6 +135,39 @@ def test_python_threads_at_once(tier: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(work, worker) for worker in range(4)]:
+            future.result()
+
+
+def forward(program: Any, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    n, _, h, w = x.shape
+    out = nan_output(program.output_shape(n, h, w))
+    program.forward(x.data_ptr(), n, h, w, tuple(x.stride()), out.data_ptr(), threads)
+    return out
+
+
+def test_workspaces_of_threads(tier: str) -> None:
+    """Each thread has its own; what lies in it, and whether it is kept, changes no bit."""
+    program = core().Program([TestBlock.random(**structure("FFN")).native() for _ in range(3)])
+    small, large = torch.randn(1, 19, 8, 9), torch.randn(1, 19, 190, 200)
+    limit, need = core().WORKSPACE_LIMIT, program.workspace_bytes(1, 8, 9, 1)
+    assert 0 < need < limit < program.workspace_bytes(1, 190, 200, 2)
+    expected = [run(program, x) for x in (small, large)]
+    start = threading.Barrier(3)
+
+    def work() -> None:
+        assert core().workspace_kept() == 0
+        start.wait()
+        for _ in range(2):
+            assert forward(program, torch.full_like(small, NAN)).isnan().any()
+            kept = core().workspace_kept()
+            assert need <= kept <= limit
+            assert_same_bits(forward(program, small), expected[0])
+            assert_same_bits(forward(program, large, 2), expected[1])
+            assert core().workspace_kept() == kept
+        assert forward(program, small[:0]).shape[0] == 0
+
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(work) for _ in range(3)]:
             future.result()
 
 

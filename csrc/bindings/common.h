@@ -48,8 +48,6 @@ struct Arena {
 };
 /// Of the calling thread.
 Arena& scratch_arena();
-/// The same for what lies between operations.
-Arena& workspace_arena();
 
 struct Blob {
   char magic[8];
@@ -147,6 +145,7 @@ class Plans {
   std::size_t oldest_ = 0;
 };
 
+/// Runs a list in the caller's workspace.
 void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
              Address workspace, int threads, double* seconds = nullptr);
 
@@ -156,7 +155,10 @@ struct PyProgram {
   mutable Plans plans;
   py::list keep;
 };
-/// run_ops in memory of the calling thread; more than a limit lives for this call only.
+/// The same in memory of the calling thread, of which it keeps up to kWorkspaceKept floats.
 void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads);
+inline constexpr std::size_t kWorkspaceKept = 2 << 20;
+/// Floats that the calling thread keeps.
+std::size_t workspace_kept();
 
 }  // namespace mnv4

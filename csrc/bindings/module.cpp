@@ -199,8 +199,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_mqa(m);
 
-  py::class_<PyProgram> program(m, "Program");
-  program
+  py::class_<PyProgram>(m, "Program")
       .def(py::init([](const py::list& ops) {
              auto p = std::make_unique<PyProgram>();
              for (const py::handle& op : ops) {
@@ -251,18 +250,21 @@ PYBIND11_MODULE(_core, m) {
           [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
              int threads) { run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads); },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
+          py::arg("workspace"), py::arg("threads"))
+      .def("forward", &run_program, py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"),
+           py::arg("out"), py::arg("threads"))
+      .def(
+          "profile",
+          [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
+             int threads) {
+            std::vector<double> seconds(p.ops.size(), 0.0);
+            run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads, seconds.data());
+            return seconds;
+          },
+          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("workspace"), py::arg("threads"));
-
-  program.def(
-      "profile",
-      [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
-         int threads) {
-        std::vector<double> seconds(p.ops.size(), 0.0);
-        run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads, seconds.data());
-        return seconds;
-      },
-      py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"), py::arg("workspace"),
-      py::arg("threads"));
+  m.def("workspace_kept", [] { return workspace_kept() * sizeof(float); });
+  m.attr("WORKSPACE_LIMIT") = kWorkspaceKept * sizeof(float);
 
   bind_guard(m);
   bind_lane(m);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +13,8 @@ from mnv4_ops import _native
 from .layout import PER_STAGE, Layout, Params, empty_output
 
 EXACT = True
-# a larger workspace is allocated for the call
-WORKSPACE_KEPT = 8 * 2**20
 
 _CPU = torch.device("cpu")
-_local = threading.local()
 
 
 def unavailable() -> str | None:
@@ -110,42 +106,27 @@ class Program:
         self.natives = tuple(native for native, _ in parts)
         self.native = _native.core.Program(list(self.natives))
         self.c_in = parts[0][1].c_in
-        self._shapes: dict[tuple[int, int, int, int], tuple[tuple[int, ...], int]] = {}
+        self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
     def run(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        threads = torch.get_num_threads()
-        known = self._shapes.get((n, h, w, threads))
-        if known is None:
-            known = self._meet(n, h, w, threads)
-        shape, size = known
+        shape = self._shapes.get((n, h, w))
+        if shape is None:
+            shape = self._meet(n, h, w)
         if len(shape) == 4:
             out = torch.empty(shape, dtype=torch.float32, device=_CPU, memory_format=torch.channels_last)
         else:
             out = torch.empty(shape, dtype=torch.float32, device=_CPU)
         if n:
-            memory = workspace(size)
-            self.native.run(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), memory.data_ptr(), threads)
+            self.native.forward(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), torch.get_num_threads())
         return out
 
-    def _meet(self, n: int, h: int, w: int, threads: int) -> tuple[tuple[int, ...], int]:
+    def _meet(self, n: int, h: int, w: int) -> tuple[int, ...]:
         if len(self._shapes) >= 64:
             self._shapes.clear()
-        native = self.native
-        known = (native.output_shape(n, h, w), native.workspace_bytes(n, h, w, threads))
-        self._shapes[n, h, w, threads] = known
-        return known
+        shape: tuple[int, ...] = self.native.output_shape(n, h, w)
+        self._shapes[n, h, w] = shape
+        return shape
 
 
 program = Program
-
-
-def workspace(size: int) -> Tensor:
-    """Memory of the calling thread for the activations between blocks; grows, up to a limit."""
-    if size > WORKSPACE_KEPT:
-        return torch.empty(size, dtype=torch.uint8, device=_CPU)
-    kept = getattr(_local, "workspace", None)
-    if kept is None or kept.numel() < size:
-        with torch.inference_mode(False):
-            kept = _local.workspace = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=_CPU)
-    return kept
