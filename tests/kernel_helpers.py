@@ -115,6 +115,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "dw+pw": {"c_in": 19, "c_mid": 19, "c_out": 37, "start_kernel": 5, "start_act": "ACT", "project": True},
     "FFN": ib(19, 53, 19, "ACT", residual=True),
     "FusedIB": ib(19, 53, 21, "ACT", expand_kernel=3, expand_stride=2),
+    # channels that the Winograd transforms serve
+    "FusedIB24": ib(24, 53, 21, "ACT", expand_kernel=3, expand_stride=2),
     "ConvNext": ib(19, 53, 19, "ACT", start_kernel=5, residual=True),
     "IB": ib(19, 53, 21, "ACT", mid_kernel=3, mid_stride=2),
     "ExtraDW": ib(19, 53, 19, "ACT", start_kernel=3, mid_kernel=5, residual=True),

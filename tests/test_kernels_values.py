@@ -104,7 +104,7 @@ def test_one_bad_pixel(name: str, act: str, value: float, tier: str) -> None:
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_one_bad_pixel_at_stride_2(value: float, padding: str, tier: str) -> None:
-    for name in ("depthwise", "conv3x3", "FusedIB", "IB"):
+    for name in ("depthwise", "conv3x3", "FusedIB", "FusedIB24", "IB"):
         key = {"depthwise": "start_stride", "IB": "mid_stride"}.get(name, "expand_stride")
         block = TestBlock.random(**structure(name, "relu", padding=padding, **{key: 2}))
         native = block.native()

@@ -5,6 +5,7 @@
 
 #include "core/own_pixels.h"
 #include "core/rows.h"
+#include "core/winograd.h"
 
 namespace mnv4 {
 namespace {
@@ -27,6 +28,10 @@ Block::Block(const BlockDesc& d) : d_(d) {
   if (has(Stage::mid))
     place(Stage::mid, units_of(d.c_mid), static_cast<std::size_t>(d.mid_kernel) * d.mid_kernel * kUnit);
   if (has(Stage::project)) place(Stage::project, units_of(d.c_out), static_cast<std::size_t>(d.c_mid) * kUnit);
+  if (winograd_serves(d)) {
+    winograd_ = total_;
+    total_ += static_cast<std::size_t>(units_of(d.c_mid)) * winograd_unit(d);
+  }
 }
 
 bool Block::has(Stage s) const {
@@ -48,7 +53,10 @@ bool Block::pack(Stage s, const StageParams& p) {
   float* b = data_.get() + bias_[i];
   switch (s) {
     case Stage::start: pack_depthwise(p, d_.c_in, d_.start_kernel, w, b); break;
-    case Stage::expand: pack_gemm(p, d_.c_mid, d_.c_in, d_.expand_kernel, w, b); break;
+    case Stage::expand:
+      pack_gemm(p, d_.c_mid, d_.c_in, d_.expand_kernel, w, b);
+      if (winograd_ > 0) pack_winograd(p, d_.c_mid, d_.c_in, data_.get() + winograd_);
+      break;
     case Stage::mid: pack_depthwise(p, d_.c_mid, d_.mid_kernel, w, b); break;
     case Stage::project: pack_gemm(p, d_.c_out, d_.c_mid, 1, w, b); break;
   }
@@ -241,7 +249,9 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           if (c1 == ue) a.n_last = n_last;
         }
         if (is_dense) {
-          dense_rows(k, t, x, d_, g, n0, n1, a);
+          const float* winograd =
+              winograd_ > 0 && has_winograd() ? data_.get() + winograd_ + c0 * winograd_unit(d_) : nullptr;
+          dense_rows(k, t, x, d_, g, n0, n1, a, winograd);
         } else {
           gemm_split(k, t, a);
         }

@@ -192,6 +192,7 @@ class Block {
 
   BlockDesc d_;
   std::size_t weight_[kStages] = {}, bias_[kStages] = {}, total_ = 0;
+  std::size_t winograd_ = 0;  // weights of the dense expand once more, transformed; 0: it has none
   bool done_[kStages] = {};
   Buffer data_;
 };
@@ -205,9 +206,10 @@ inline bool copies_rows(const BlockDesc& d) { return d.expand_kernel > 1 && d.c_
 std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows);
 
 /// Dense k x k convolution over output rows [y0, y1); `to` says where row y0 goes. Pixels whose window lies inside of
-/// the image read the input in place, the others a copied patch.
+/// the image read the input in place, the others a copied patch. `winograd`: weights of the units of `to` for
+/// winograd_rows, null where it does not serve.
 void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                int y1, const GemmArgs& to);
+                int y1, const GemmArgs& to, const float* winograd);
 
 /// Runs a product with its units and pixels dealt out over a team.
 void gemm_split(const KernelTable& k, const Team& t, GemmArgs g);

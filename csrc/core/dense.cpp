@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "core/block.h"
+#include "core/winograd.h"
 
 namespace mnv4 {
 namespace {
@@ -29,10 +30,6 @@ void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int
     }
   }
 }
-
-}  // namespace
-
-namespace {
 
 // the convolution itself, whatever lies around the image
 void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
@@ -124,7 +121,13 @@ std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows) {
 }
 
 void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                int y1, const GemmArgs& to) {
+                int y1, const GemmArgs& to, const float* winograd) {
+  if (winograd != nullptr) {
+    winograd_rows(k, t, v, d, g, y0, y1, to, winograd,
+                  [](const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y,
+                     const GemmArgs& to) { windows(k, t, v, d, g, y, y + 1, to); });
+    return;
+  }
   if (!copies_rows(d)) return windows(k, t, v, d, g, y0, y1, to);
   const int s = d.expand_stride, pitch = g.left1 + g.w + g.right1;
   const bool pixels = v.chan == 1 && v.pix == d.c_in;

@@ -40,6 +40,18 @@ const KernelTable& active_kernels() {
   return *t;
 }
 
+bool has_winograd() {
+  static const bool all = [] {
+    const KernelTable* tiers[8] = {};
+    const int n = available_tiers(tiers, 8);
+    for (int i = 0; i < n; ++i) {
+      if (tiers[i]->winograd_input == nullptr) return false;
+    }
+    return true;
+  }();
+  return all;
+}
+
 bool force_tier(const char* name) {
   const KernelTable* tiers[8] = {};
   const int n = available_tiers(tiers, 8);

@@ -53,6 +53,35 @@ struct DepthwiseArgs {
   int width = 0, left = 0, first_col = 0;
 };
 
+// Transforms of a 3 x 3 convolution at stride 2, see core/winograd.h. Planes of the transformed input come in the order
+// of the nine products that read them, 4 2 4 | 2 1 2 | 4 2 4: part i of the rows with part j of the columns.
+inline constexpr int kWinogradPlanes = 25, kWinogradProducts = 9;
+consteval int winograd_plane(int i, int j) {
+  constexpr int product[5] = {0, 0, 1, 2, 2}, index[5] = {0, 1, 0, 0, 1}, size[3] = {2, 1, 2}, before[3] = {0, 2, 3};
+  const int rows = size[product[i]], columns = size[product[j]];
+  return 5 * before[product[i]] + rows * before[product[j]] + index[i] * columns + index[j];
+}
+
+struct WinogradInputArgs {
+  const float* src = nullptr;  // five rows of 4 * tiles + 1 pixels
+  std::ptrdiff_t pix = kUnit, row = 0;
+  float* dst = nullptr;  // [plane][tile][16]
+  std::ptrdiff_t plane = 0;
+  int tiles = 0;
+};
+
+struct WinogradOutputArgs {
+  const float* src = nullptr;  // [product][tile][16]
+  std::ptrdiff_t plane = 0;
+  const float* bias = nullptr;  // [16]; may be null
+  float* dst = nullptr;         // two rows of 2 * tiles pixels, or one less
+  std::ptrdiff_t pix = kUnit, row = 0;
+  int tiles = 0;
+  bool odd = false;  // the last tile has one column
+  bool row_wanted[2] = {true, true};
+  Act act = Act::none;
+};
+
 // Softmax over the keys of each row of scores, which are in units of log2 e: S becomes 2^(S - max) in place.
 struct SoftmaxArgs {
   float* s = nullptr;       // [unit of keys][row][16]
@@ -80,6 +109,9 @@ struct KernelTable {
   // floating-point operations of one pass of a register-only multiply-add loop (for the measured peak)
   double (*fma_burst)(int iterations);
   bool depthwise_in_place;
+  // null in a tier that does without; winograd_output returns bit y when a sum of row y is not finite
+  void (*winograd_input)(const WinogradInputArgs&);
+  unsigned (*winograd_output)(const WinogradOutputArgs&);
 };
 
 const KernelTable& scalar_kernels();
@@ -97,5 +129,7 @@ const KernelTable& neon_kernels();
 int available_tiers(const KernelTable** out, int max);
 const KernelTable& active_kernels();
 bool force_tier(const char* name);
+/// All tiers of this host have the Winograd transforms.
+bool has_winograd();
 
 }  // namespace mnv4

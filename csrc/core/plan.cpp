@@ -2,6 +2,7 @@
 
 #include "core/block.h"
 #include "core/cpu_features.h"
+#include "core/winograd.h"
 
 namespace mnv4 {
 namespace {
@@ -32,6 +33,7 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
     } else if (dense) {
       const std::size_t patches = static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in;
       p.local = round_line(copies_rows(d_) ? copied_floats(d_, g, band) : patches);
+      if (winograd_ > 0 && has_winograd()) p.local += winograd_floats(d_, g);
     }
     if (mid) {
       p.ring_rows = rows1;

@@ -53,6 +53,7 @@ struct Vec256 {
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
+#include "kernels/strided_winograd.h"
 #include "kernels/table.h"
 
 // 16 registers: 6 pixels x 2 vectors of accumulators
@@ -61,6 +62,7 @@ struct Config {
   static constexpr int kTallUnits = 1, kTallRows = 6;
   static constexpr int kWideUnits = 2, kWideRows = 2;
   static constexpr int kDwCols = 6;
+  static constexpr bool kWinograd = true;
 };
 
 constexpr KernelTable kTable = make_table<Config>("avx2");

@@ -49,6 +49,7 @@ struct Vec512 {
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
+#include "kernels/strided_winograd.h"
 #include "kernels/table.h"
 
 struct Config {
@@ -56,6 +57,7 @@ struct Config {
   static constexpr int kTallUnits = 2, kTallRows = 13;
   static constexpr int kWideUnits = 4, kWideRows = 6;
   static constexpr int kDwCols = 8;
+  static constexpr bool kWinograd = true;
 };
 
 constexpr KernelTable kTable = make_table<Config>("avx512");

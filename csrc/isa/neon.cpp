@@ -118,6 +118,7 @@ struct NeonPair {
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
+#include "kernels/strided_winograd.h"
 #include "kernels/table.h"
 
 // 32 registers: 5 pixels x 4 vectors of accumulators, 5 of the pixels' terms, 4 of weights; g++ 12 spills some of them
@@ -132,6 +133,7 @@ struct Config {
   // 16 registers of sums, 6 or 10 of taps, 2 of a pixel
   using Pair = NeonPair;
   static constexpr int kDwCols = 8;
+  static constexpr bool kWinograd = false;
 };
 
 constexpr KernelTable kTable = make_table<Config>("neon");

@@ -68,6 +68,7 @@ struct Vec4 {
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
+#include "kernels/strided_winograd.h"
 #include "kernels/table.h"
 
 struct Config {
@@ -75,6 +76,7 @@ struct Config {
   static constexpr int kTallUnits = 1, kTallRows = 2;
   static constexpr int kWideUnits = 2, kWideRows = 1;
   static constexpr int kDwCols = 4;
+  static constexpr bool kWinograd = true;
 };
 
 constexpr KernelTable kTable = make_table<Config>("scalar");
