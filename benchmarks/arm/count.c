@@ -1,5 +1,5 @@
 /* qemu plugin: how often each translated block ran between the markers HINT #64 and HINT #65, and its instruction words.
- * Each region becomes a line "region", then lines "COUNT WORD WORD ..." in hexadecimal words.
+ * Each region becomes a line "region", then lines "COUNT ADDRESS WORD WORD ...", all but the count hexadecimal.
  *   qemu-aarch64 -plugin libcount.so,out=FILE PROGRAM
  * Debian's package has no qemu-plugin.h: what is used of version 1 of the interface is declared here. */
 #include <inttypes.h>
@@ -19,6 +19,7 @@ typedef void (*vcpu_udata_cb)(unsigned, void *);
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, tb_trans_cb);
 void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *, int op, void *p, uint64_t imm);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *, vcpu_udata_cb, int flags, void *);
+uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t);
 const void *qemu_plugin_insn_data(const struct qemu_plugin_insn *);
@@ -27,7 +28,7 @@ EXPORT int qemu_plugin_version = 1;
 
 struct block {
   struct block *next;
-  uint64_t count;
+  uint64_t count, address;
   size_t n;
   uint32_t words[];
 };
@@ -48,7 +49,7 @@ static void at_marker(unsigned cpu, void *end) {
   fputs("region\n", file);
   for (struct block *b = blocks; b; b = b->next) {
     if (b->count == 0) continue;
-    fprintf(file, "%" PRIu64, b->count);
+    fprintf(file, "%" PRIu64 " %" PRIx64, b->count, b->address);
     for (size_t i = 0; i < b->n; ++i) fprintf(file, " %08" PRIx32, b->words[i]);
     fputc('\n', file);
   }
@@ -60,7 +61,7 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
   const size_t n = qemu_plugin_tb_n_insns(tb);
   struct block *b = calloc(1, sizeof *b + n * sizeof(uint32_t));
   if (b == NULL) abort();
-  b->n = n, b->next = blocks, blocks = b;
+  b->n = n, b->address = qemu_plugin_tb_vaddr(tb), b->next = blocks, blocks = b;
   for (size_t i = 0; i < n; ++i) {
     struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
     memcpy(&b->words[i], qemu_plugin_insn_data(insn), 4);

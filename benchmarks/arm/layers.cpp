@@ -1,6 +1,7 @@
 // Runs the operations given on standard input, one a line, between marker instructions: nothing but the operation is in
 // the region.
 //   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
+//   mqa C HEADS KEY_DIM VALUE_DIM KV_KERNEL KV_STRIDE RESIDUAL H W
 //   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
 // With the argument "model" all of them run as one program as well, the last region. One image, channels_last, one
 // thread.
@@ -61,6 +62,7 @@ void run_once(const std::vector<Op>& ops, int c, int h, int w) {
 
 int main(int argc, char** argv) {
   std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Mqa>> attentions;
   std::vector<std::unique_ptr<Head>> heads;
   std::vector<Op> all;
   int first_c = 0, first_h = 0, first_w = 0;
@@ -87,6 +89,22 @@ int main(int argc, char** argv) {
         blocks.back()->pack(static_cast<Stage>(s), p);
       }
       all.emplace_back(blocks.back().get());
+    } else if (kind == "mqa") {
+      MqaDesc d;
+      in >> d.c >> d.heads >> d.key_dim >> d.value_dim >> d.kv_kernel >> d.kv_stride >> d.residual >> h >> w;
+      if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
+      c = d.c;
+      attentions.push_back(std::make_unique<Mqa>(d));
+      const int widest = std::max({d.c, d.heads * d.key_dim, d.heads * d.value_dim, d.kv_kernel * d.kv_kernel});
+      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * widest), ones(d.c, 1.0f);
+      for (int s = 0; s < kMqaStages; ++s) {
+        if (!attentions.back()->has(static_cast<MqaStage>(s))) continue;
+        StageParams p;
+        p.weight = weight.data();
+        if (s == static_cast<int>(MqaStage::norm)) p.bn_mean = weight.data(), p.bn_var = ones.data();
+        attentions.back()->pack(static_cast<MqaStage>(s), p);
+      }
+      all.emplace_back(attentions.back().get());
     } else {
       HeadDesc d;
       int feat, hidden;

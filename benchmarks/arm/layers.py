@@ -1,9 +1,10 @@
-"""The layers that are counted: conv_small and conv_medium block by block, and each of their depthwise layers alone.
+"""The layers that are counted: conv_small and conv_medium block by block, each of their depthwise layers alone, and the
+attention blocks of the hybrid models.
 
     MNV4_OPS_SKIP_NATIVE=1 python benchmarks/arm/layers.py > benchmarks/arm/layers.json
 
 `line` is what the driver reads (layers.cpp), `graph` the same layer for XNNPACK (xnnpack_models.py): steps
-[kind, kernel, stride, channels, act] with kind "conv" or "depthwise".
+[kind, kernel, stride, channels, act] with kind "conv" or "depthwise"; of an attention block, what its spec says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mnv4_ops.spec import ConvSpec, FusedIBSpec, UIBSpec, head_spec, ledger
+from mnv4_ops.spec import ConvSpec, FusedIBSpec, MQASpec, UIBSpec, head_spec, ledger
 
 ACTS = ("none", "relu", "relu6", "gelu")
 Step = tuple[str, int, int, int, str]
@@ -72,6 +73,25 @@ def layers(model: str) -> dict[str, dict[str, Any]]:
     return unique | depthwise
 
 
+def attentions(model: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in ledger(model):
+        s, h, w = entry.spec, entry.height, entry.width
+        if not isinstance(s, MQASpec):
+            continue
+        assert s.norm
+        assert s.query_stride == 1
+        assert s.padding == "symmetric"
+        numbers = [s.c, s.heads, s.key_dim, s.value_dim, s.kv_kernel, s.kv_stride, int(s.residual), h, w]
+        graph = {"input": [h, w, s.c], "heads": s.heads, "key_dim": s.key_dim, "value_dim": s.value_dim}
+        graph |= {"kv_kernel": s.kv_kernel, "kv_stride": s.kv_stride, "residual": s.residual}
+        line = " ".join(["mqa", *map(str, numbers)])
+        if line not in {other["line"] for other in found.values()}:  # blocks of the same shape once
+            name = f"{entry.name} MQA {s.c} x {h} x {w}, {s.heads} heads of {s.key_dim}, kv stride {s.kv_stride}"
+            found[name] = {"group": "MQA", "line": line, "graph": graph}
+    return found
+
+
 def model_lines(model: str) -> list[str]:
     """The whole model for the driver: its blocks in order, then the head."""
     lines = []
@@ -98,5 +118,6 @@ def _entry_line(entry: Any) -> str:
 
 
 if __name__ == "__main__":
-    models = ("conv_small", "conv_medium")
-    print(json.dumps({m: {"layers": layers(m), "model": model_lines(m)} for m in models}, indent=1))
+    counted: dict[str, Any] = {m: {"layers": layers(m), "model": model_lines(m)} for m in ("conv_small", "conv_medium")}
+    counted |= {m: {"layers": attentions(m), "model": []} for m in ("hybrid_medium", "hybrid_large")}
+    print(json.dumps(counted, indent=1))

@@ -25,17 +25,15 @@ struct Vec256 {
   static MNV4_INLINE reg min(reg bound, reg x) { return _mm256_min_ps(bound, x); }
   static MNV4_INLINE reg abs(reg x) { return _mm256_andnot_ps(set(-0.0f), x); }
   static MNV4_INLINE reg copysign(reg mag, reg sign) { return _mm256_or_ps(mag, _mm256_and_ps(set(-0.0f), sign)); }
-  static MNV4_INLINE reg round(reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static MNV4_INLINE reg pow2(reg n) {
-    const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+  // the last bits moved to where the exponent is
+  static MNV4_INLINE reg as_exponent(reg x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
   }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
   static constexpr bool kScales = false;
   static constexpr bool kLooksUp = false;
-  static MNV4_INLINE reg floor(reg x) { return _mm256_floor_ps(x); }
   static MNV4_INLINE float reduce_max(reg x) {
     const __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));

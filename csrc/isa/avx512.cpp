@@ -25,8 +25,6 @@ struct Vec512 {
   static MNV4_INLINE reg min(reg bound, reg x) { return _mm512_min_ps(bound, x); }
   static MNV4_INLINE reg abs(reg x) { return _mm512_andnot_ps(set(-0.0f), x); }
   static MNV4_INLINE reg copysign(reg mag, reg sign) { return _mm512_or_ps(mag, _mm512_and_ps(set(-0.0f), sign)); }
-  static MNV4_INLINE reg round(reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static MNV4_INLINE reg pow2(reg n) { return _mm512_scalef_ps(set(1.0f), n); }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
   }

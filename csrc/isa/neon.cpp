@@ -66,14 +66,11 @@ struct VecNeon {
   static MNV4_INLINE reg min(reg bound, reg x) { return vminq_f32(bound, x); }
   static MNV4_INLINE reg abs(reg x) { return vabsq_f32(x); }
   static MNV4_INLINE reg copysign(reg mag, reg sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, mag); }
-  static MNV4_INLINE reg round(reg x) { return vrndnq_f32(x); }
-  static MNV4_INLINE reg pow2(reg n) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
-  }
+  // the last bits moved to where the exponent is
+  static MNV4_INLINE reg as_exponent(reg x) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23)); }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static constexpr bool kScales = false;
   static constexpr bool kLooksUp = false;
-  static MNV4_INLINE reg floor(reg x) { return vrndmq_f32(x); }
   static MNV4_INLINE float reduce_max(reg x) { return vmaxvq_f32(x); }
   static MNV4_INLINE float reduce_add(reg x) { return vaddvq_f32(x); }
 };

@@ -33,22 +33,11 @@ struct Vec4 {
   static MNV4_INLINE reg copysign(reg mag, reg sign) {
     return as_float(as_int(mag) | (as_int(sign) & static_cast<std::int32_t>(0x80000000u)));
   }
-  static MNV4_INLINE reg round(reg x) {
-    // adding and taking away 1.5 * 2^23 rounds to nearest for |x| < 2^22
-    const reg magic = set(12582912.0f);
-    return (x + magic) - magic;
-  }
-  static MNV4_INLINE reg pow2(reg n) {
-    const reg magic = set(12582912.0f);
-    return as_float((as_int(n + magic) - as_int(magic) + 127) << 23);
-  }
+  // the last bits moved to where the exponent is
+  static MNV4_INLINE reg as_exponent(reg x) { return as_float(as_int(x) << 23); }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return pick(a > b, yes, no); }
   static constexpr bool kScales = false;
   static constexpr bool kLooksUp = false;
-  static MNV4_INLINE reg floor(reg x) {
-    const reg n = round(x);
-    return pick(n > x, n - 1.0f, n);
-  }
   static MNV4_INLINE float reduce_max(reg x) {
     const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
     return a > b ? a : b;

@@ -12,29 +12,32 @@ MNV4_INLINE typename V::reg relu6(typename V::reg x) {
   return V::min(V::set(6.0f), relu<V>(x));
 }
 
-// 2^x for x <= 0, below 1.4 ulp (1.6 without a fused multiply-add; own minimax fit, Lawson iteration); 0 from -127 down
-// in tiers without V::scale. NaN stays NaN.
+// 2^x for x <= 0, below 1.4 ulp (1.6 without a fused multiply-add; own minimax fits, Lawson iteration); 0 from -127
+// down in tiers without V::scale. NaN stays NaN.
 template <class V>
 MNV4_INLINE typename V::reg exp2_nonpositive(typename V::reg x) {
   using reg = typename V::reg;
-  reg r, n;
   if constexpr (V::kScales) {
-    r = V::fraction(x);
-  } else {
-    x = V::max(V::set(-127.0f), x);
-    n = V::floor(x), r = V::sub(x, n);
-  }
-  reg p = V::set(2.161291631637141e-4f);
-  p = V::fma(p, r, V::set(1.2467845808714628e-3f));
-  p = V::fma(p, r, V::set(9.675451554358006e-3f));
-  p = V::fma(p, r, V::set(5.5485282093286514e-2f));
-  p = V::fma(p, r, V::set(2.402293086051941e-1f));
-  p = V::fma(p, r, V::set(6.931470632553101e-1f));
-  p = V::fma(p, r, V::set(1.0f));
-  if constexpr (V::kScales) {
+    const reg r = V::fraction(x);
+    reg p = V::set(2.161291631637141e-4f);
+    p = V::fma(p, r, V::set(1.2467845808714628e-3f));
+    p = V::fma(p, r, V::set(9.675451554358006e-3f));
+    p = V::fma(p, r, V::set(5.5485282093286514e-2f));
+    p = V::fma(p, r, V::set(2.402293086051941e-1f));
+    p = V::fma(p, r, V::set(6.931470632553101e-1f));
+    p = V::fma(p, r, V::set(1.0f));
     return V::scale(p, x);
   } else {
-    return V::mul(p, V::pow2(n));
+    // 1.5 * 2^23 + 127: the last bits of the sum are the nearest integer to x plus the bias of the exponent
+    const reg shift = V::set(12583039.0f);
+    x = V::max(V::set(-127.0f), x);
+    const reg n = V::add(x, shift), r = V::sub(x, V::sub(n, shift)), s = V::mul(r, r);
+    // pairs of powers: a constant that is added to needs a copy where fma overwrites its addend
+    reg p = V::fma(V::set(1.33908063e-3f), r, V::set(9.61850584e-3f));
+    p = V::fma(V::set(1.53264627e-4f), s, p);
+    p = V::fma(p, s, V::fma(V::set(5.55035993e-2f), r, V::set(2.40226477e-1f)));
+    p = V::fma(p, s, V::fma(V::set(6.93147182e-1f), r, V::set(1.0f)));
+    return V::mul(p, V::as_exponent(n));
   }
 }
 
