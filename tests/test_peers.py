@@ -115,10 +115,23 @@ def test_gpu_peers_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         for peer in GPU_PEERS:
             if peer.name == "tensorrt_graph":
                 continue
+            if peer.name == "compile_expanded_graph":
+                with pytest.raises(Unsupported, match="no multi-query attention"):
+                    peer.prepare(module, x, 1)
+                continue
             assert gate.compare(peer.prepare(module, x, 1)(), reference).error < 1e-6
     graph, call = by_name("compile_graph"), by_name("compile")
     assert graph.prepare(module, x, 1) is call.prepare(module, x, 1)
     assert by_name("reduce_overhead").prepare(module, x, 1) is not call.prepare(module, x, 1)
+
+
+def test_expanded_keys_and_values_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    model = pytest.importorskip("timm").create_model("mobilenetv4_hybrid_medium").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        run = by_name("compile_expanded_graph").prepare(model, x, 1)
+        assert gate.compare(run(), model(x)).error < 1e-6
 
 
 def test_native_depthwise_is_asked_for_during_the_call_alone() -> None:

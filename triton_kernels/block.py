@@ -196,11 +196,12 @@ class _Runner:
 
         dtype = str(self.dtype).removeprefix("torch.") + ("" if exact or self.dtype != torch.float32 else "_tf32")
         entries = tuning.table(torch.cuda.get_device_name(self.device))
-        found = config.lookup(entries, f"{dtype} {self.key}", n, h, w)
-        if found is None and self.dtype == torch.bfloat16:
+        keys = [f"{dtype} {self.key}"]
+        if self.dtype == torch.bfloat16:
             # same bytes, same tensor cores
-            found = config.lookup(entries, f"float16 {self.key}", n, h, w)
-        return found
+            keys.append(f"float16 {self.key}")
+        keys += [config.alike(key) for key in keys]
+        return next(filter(None, (config.lookup(entries, key, n, h, w) for key in keys)), None)
 
     def _sms(self) -> int:
         return config.device_limits(self.device.index or 0)[0] if self.device.type == "cuda" else 132

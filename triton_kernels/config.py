@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,11 @@ def shrink(cfg: Config) -> Config | None:
 def table_name(device_name: str) -> str:
     """File name of a device's table: "NVIDIA H100 80GB HBM3" -> nvidia_h100_80gb_hbm3."""
     return "".join(c if c.isalnum() else "_" for c in device_name.lower())
+
+
+def alike(key: str) -> str:
+    """The key of the same block with ReLU in the place of other activations: what is fast for one is for the other."""
+    return re.sub(r"\b(relu6|gelu)\b", "relu", key)
 
 
 def lookup(entries: dict[str, Any], key: str, n: int, h: int, w: int) -> Config | None:

@@ -28,22 +28,24 @@ LOG2_E = math.log2(math.e)
 
 
 class _Plan(Plan):
-    """Ends with small tiles, not with an error, where the chosen path does not fit on the device."""
+    """Ends with small tiles, not with an error, where the chosen path does not fit on the device.
 
-    def __init__(self, launches: list[Launch], scratch: int, choice: Config, last: Config, pixels: int) -> None:
+    A `mqa_kernel` is not made smaller: with one stage, triton 3.6 made code for Hopper that reads outside of memory.
+    """
+
+    def __init__(self, launches: list[Launch], scratch: int, choice: Config, last: Config) -> None:
         super().__init__(launches, scratch, choice)
-        self._last, self._pixels = last, pixels
+        self._last = last
 
     def smaller(self, failed: int) -> Config:
+        if any(cfg["path"] == "mqa" for cfg in self.choice["ops"]):
+            return self._last
         try:
-            choice = super().smaller(failed)
+            return super().smaller(failed)
         except OutOfResources:
             if [cfg["path"] for cfg in self.choice["ops"]] == [cfg["path"] for cfg in self._last["ops"]]:
                 raise
             return self._last
-        # one tile must hold an image where keys are made beside queries
-        fits = all(cfg["p"] >= self._pixels for cfg in choice["ops"] if cfg.get("inline"))
-        return choice if fits else self._last
 
 
 class MobileMQA(_Runner):
@@ -277,7 +279,7 @@ class MobileMQA(_Runner):
                 built.append(build_op(self.op, dict(cfg), packed, "symmetric", precision, n, hq, wq, o, x, out, None))
         launches: list[Launch] = []
         scratch = _link(built, tail, launches)
-        return _Plan(launches, scratch, choice, mqa_config.small(self, n, h, w), hq * wq)
+        return _Plan(launches, scratch, choice, mqa_config.small(self, n, h, w))
 
     def _project(self, cfg: Config, precision: str, n: int, h: int, w: int, x: Any, kv: Any, q: Any) -> Build:
         (hq, wq), (hk, wk) = self.query_hw(h, w), self.kv_hw(h, w)

@@ -56,21 +56,21 @@ def _projections(runner: MobileMQA, pixels: int, queries: int, sms: int) -> list
 
 
 def _attending(runner: MobileMQA, nq: int, nk: int, pixels: int, sms: int) -> list[Config]:
-    """Tiles of `mqa_kernel` with the output projection in it."""
+    """Tiles of `mqa_kernel` with the output projection in it. No loop over the heads of one stage: see `_Plan`."""
     n0, n1 = pieces(runner.c)
     k = mqa_config.step(runner.c)
     base = {"path": "mqa", "inline": 0, "k": k, **mqa_config.keys(nk), "n0": n0, "n1": n1, "share": 0}
     if pixels >= sms * 16:
-        tiles = [(64, 4, 1), (64, 4, 2), (64, 8, 1), (64, 8, 2)]
+        tiles = [(64, 4), (64, 8)]
         if nq > 64:
-            tiles += [(128, 8, 1), (128, 8, 2)]
+            tiles.append((128, 8))
         if pixels < sms * 64:
-            tiles += [(32, 4, 2), (32, 8, 2)]
+            tiles += [(32, 4), (32, 8)]
     else:
-        tiles = [(16, 4, 2), (16, 8, 2), (32, 4, 2)]
-    out = [{**base, "p": p, "warps": warps, "stages": stages} for p, warps, stages in tiles]
+        tiles = [(16, 4), (16, 8), (32, 4)]
+    out = [{**base, "p": p, "warps": warps, "stages": 2} for p, warps in tiles]
     if nk > 64 and pixels >= sms * 16:
-        online = [{**c, "keys0": 64, "keys1": 0} for c in out if c["p"] >= 64 and c["stages"] == 1]
+        online = [{**c, "keys0": 64, "keys1": 0} for c in out if c["p"] >= 64]
         out += online
     return out
 
@@ -115,7 +115,7 @@ def variants(runner: MobileMQA, n: int, h: int, w: int, tf32: int, sms: int) -> 
             ways.append([projections[0], whole])
             if not runner.down and nq <= 64:
                 inline = {**whole[0], "inline": 1, "p": max(16, next_pow2(nq)), "keys0": 0, "keys1": 0}
-                ways.append([[{**inline, "warps": a, "stages": b} for a, b in ((4, 1), (4, 2), (8, 1), (8, 2))]])
+                ways.append([[{**inline, "warps": warps} for warps in (4, 8)]])
         if pixels < sms * 16:
             ways.append([projections[0], _shares(runner, nk), last])
     for way in ways:

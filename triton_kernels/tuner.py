@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mnv4_ops.spec import pad_before_after
 
-from . import config, mqa_tune
+from . import config, mqa_config, mqa_tune
 from .block import Block, Head
 from .config import Config
 from .launch import Launch, current_stream
@@ -489,6 +489,51 @@ def fill_random(runner: Runner) -> None:
         runner.pack(stage, weight)
 
 
+def near_choices(
+    runner: Runner, n: int, h: int, w: int, tf32: bool, entries: dict[str, Any], sms: int = 132
+) -> list[Config]:
+    """The formula's choice, and those that a table has for this block, for another dtype or another activation."""
+    exact = runner.dtype == torch.float32 and not tf32
+    if isinstance(runner, MobileMQA):
+        first = mqa_config.formula(runner, n, h, w, int(tf32), sms)
+    else:
+        first = runner.by_formula(n, h, w, exact)
+    out = [first]
+    if exact:
+        wide = [{**op, "j": op["j"] * 2, "warps": 8} if op["path"] == "pointwise" else op for op in first["ops"]]
+        out += [{**first, "ops": wide}]
+    else:
+        for dtype in (str(runner.dtype).removeprefix("torch."), "float16"):
+            for key in (runner.key, config.alike(runner.key)):
+                found = config.lookup(entries, f"{dtype} {key}", n, h, w)
+                if found is not None:
+                    out.append({name: found[name] for name in ("fused", "chunk", "ops")})
+    return list({repr(choice): choice for choice in out}.values())
+
+
+def _near_tasks(jobs: Sequence[Job], dtype: torch.dtype, batches: Sequence[int], tf32: bool, entries: Any) -> list[Any]:
+    seen: dict[str, Any] = {}
+    for desc, h, w in jobs:
+        runner = make(desc, dtype, "cpu")
+        for n in batches:
+            for choice in near_choices(runner, n, h, w, tf32, entries):
+                for i, op in enumerate(choice["ops"]):
+                    seen.setdefault(f"{runner.key} {i} {op}", (desc, dtype, n, h, w, choice, i, tf32))
+    return list(seen.values())
+
+
+def _tune_near(runner: Runner, n: int, h: int, w: int, tf32: bool, entries: Any, log: Any) -> tuple[Config, float]:
+    timed = _Timed(runner, n, h, w, tf32)
+    sms = config.device_limits(runner.device.index or 0)[0]
+    found: list[tuple[float, Config]] = []
+    for choice in near_choices(runner, n, h, w, tf32, entries, sms):
+        log(f"    {_whole(timed, choice, found, log)} us {choice}")
+    if not found:
+        raise RuntimeError(f"{runner.key} {n}x{h}x{w}: no candidate runs and is right")
+    micros, choice = min(found, key=lambda item: item[0])
+    return choice, micros
+
+
 def tune(
     jobs: Sequence[Job],
     dtype: torch.dtype,
@@ -500,17 +545,22 @@ def tune(
     verbose: Callable[[str], None] = lambda _: None,
     workers: int | None = None,
     known: Known | None = None,
+    near: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Entries of a table: {"dtype block key": {"NxHxW": choice with "us"}} for every job and batch.
 
     `workers` 0: nothing is compiled ahead. `known` holds times of an earlier run and takes up those of this one.
+    `near`: instead of all candidates only what these entries hold for alike blocks, see `near_choices`.
     """
     known = {} if known is None else known
     device = torch.device(device, torch.cuda.current_device())
     sms = config.device_limits(device.index)[0]
-    tasks = tasks_for(jobs, dtype, batches, tf32, sms, known)
     begin = time.perf_counter()
     if workers != 0:
+        if near is None:
+            tasks = tasks_for(jobs, dtype, batches, tf32, sms, known)
+        else:
+            tasks = _near_tasks(jobs, dtype, batches, tf32, near)
         for message in precompile(tasks, workers):
             verbose(f"compile: {message}")
         log(f"{len(tasks)} kernels compiled in {time.perf_counter() - begin:.0f} s")
@@ -521,7 +571,10 @@ def tune(
         fill_random(runner)
         for n in batches:
             verbose(f"{name} {runner.key} {n}x{h}x{w}")
-            choice, micros = tune_block(runner, n, h, w, tf32=tf32, log=verbose, known=known)
+            if near is None:
+                choice, micros = tune_block(runner, n, h, w, tf32=tf32, log=verbose, known=known)
+            else:
+                choice, micros = _tune_near(runner, n, h, w, tf32, near, verbose)
             entries.setdefault(f"{name} {runner.key}", {})[f"{n}x{h}x{w}"] = {**choice, "us": round(micros, 2)}
             log(f"{micros:9.2f} us  {name} {runner.key} {n}x{h}x{w}  {'fused' if choice['fused'] else ''}")
     return entries

@@ -50,8 +50,15 @@ def timm_block(spec: MQASpec) -> Any:
     return randomize_(block).eval()
 
 
-def expanded(block: Any) -> Any:
-    """A copy that gives keys and values to SDPA once per head, by a stride of zero."""
+def has_attention(model: Any) -> bool:
+    """Whether a timm model or block has multi-query attention."""
+    from timm.layers.attention2d import MultiQueryAttention2d
+
+    return any(type(module) is MultiQueryAttention2d for module in model.modules())
+
+
+def expanded(model: Any) -> Any:
+    """A copy of a timm model or block that gives keys and values to SDPA once per head, by a stride of zero."""
     import torch.nn.functional as F
     from timm.layers.attention2d import MultiQueryAttention2d
 
@@ -64,8 +71,10 @@ def expanded(block: Any) -> Any:
             o = self._reshape_output(o, heads, rows // self.query_strides[0], columns // self.query_strides[1])
             return self.output(o)
 
-    out = copy.deepcopy(block)
-    out.attn.__class__ = Expanded
+    out = copy.deepcopy(model)
+    for module in out.modules():
+        if type(module) is MultiQueryAttention2d:
+            module.__class__ = Expanded
     return out
 
 

@@ -23,12 +23,17 @@ class CompileGraph(CudaPeer):
     order = 12
     mode: ClassVar[str | None] = None
     options: ClassVar[dict[str, Any] | None] = None
+    variant: ClassVar[str] = ""
+
+    def rewritten(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A copy to compile."""
+        return copy.deepcopy(model)
 
     def prepare(self, model: torch.nn.Module, example: torch.Tensor, threads: int) -> Run:
         known = _compiled.setdefault(model, {})
-        key = f"{self.mode} {self.options} {tuple(example.shape)}"
+        key = f"{self.variant} {self.mode} {self.options} {tuple(example.shape)}"
         if key not in known:
-            own = copy.deepcopy(model).to(memory_format=torch.channels_last)
+            own = self.rewritten(model).to(memory_format=torch.channels_last)
             x = example.to(memory_format=torch.channels_last)
             # fullgraph: a graph break would make a slow peer, and with it a flattering comparison
             compiled = torch.compile(own, fullgraph=True, dynamic=False, mode=self.mode, options=self.options)
