@@ -1,6 +1,6 @@
 """GPU blocks: correctness of every kernel first, then measured tiles and the time of each block of the ledger.
 
-python benchmarks/gpu_blocks.py [--check] [--tune] [--models conv_small,...] [--dtypes float16,...]
+python benchmarks/gpu_blocks.py [--check] [--tune [--near]] [--models conv_small,...] [--dtypes float16,...]
     [--batches 1,8,64,256] [--out DIR]
 """
 
@@ -157,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--near", action="store_true", help="with --tune: only what the tables hold for alike blocks")
     parser.add_argument("--models", default="conv_small,conv_medium,conv_large")
     parser.add_argument("--dtypes", default="float16")
     parser.add_argument("--batches", default="1,8,64,256")
@@ -171,11 +172,14 @@ def main() -> None:
         check(models, [torch.float16, torch.bfloat16, torch.float32])
         print(f"check took {time.time() - t0:.0f} s", flush=True)
     if args.tune:
-        tune_models(models, dtypes, [int(b) for b in args.batches.split(",")], out)
+        tune_models(models, dtypes, [int(b) for b in args.batches.split(",")], out, args.near)
 
 
-def tune_models(models: list[str], dtypes: list[torch.dtype], batches: list[int], out: Path) -> None:
+def tune_models(
+    models: list[str], dtypes: list[torch.dtype], batches: list[int], out: Path, near: bool = False
+) -> None:
     """Tables written after each model, so that a cut-off run leaves what it has."""
+    from mnv4_ops import tuning
     from mnv4_ops.triton_kernels import config, tune
     from mnv4_ops.triton_kernels.tuner import make
 
@@ -191,7 +195,7 @@ def tune_models(models: list[str], dtypes: list[torch.dtype], batches: list[int]
                 jobs = [(d, h, w) for key, (d, h, w, _) in found.items() if key + label not in done]
                 done |= {key + label for key in found}
                 part = tune(
-                    jobs, dtype, batches, tf32=tf32,
+                    jobs, dtype, batches, tf32=tf32, near=tuning.table(name) if near else None,
                     verbose=lambda s: print(s, file=log, flush=True), log=lambda s: print(s, flush=True),
                 )  # fmt: skip
                 for key, value in part.items():

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_cases import ib
+
 from mnv4_ops.triton_kernels import config, tuner
 from mnv4_ops.triton_kernels.plan import apart, spread
-from triton_cases import ib
 
 HEAD = {"c_in": 64, "c_feat": 96, "feat_act": "relu", "c_hidden": 128, "hidden_act": "relu", "classes": 10}
 BLOCKS = {
@@ -131,3 +132,21 @@ def test_a_table_for_fp16_serves_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         assert runner.choose(8, 16, 16) == entry
         assert runner.choose(8, 15, 17) == entry
         assert runner.choose(1, 2, 2) != entry
+    other = tuner.make(ib(160, 320, 160, residual=True, act="gelu"), torch.float16, "cpu")
+    other.device = torch.device("cuda", 0)
+    assert other.key != half.key
+    assert other.choose(8, 16, 16) == entry
+
+
+def test_near_choices_are_the_formula_and_those_of_alike_blocks() -> None:
+    half = tuner.make(BLOCKS["FFN"], torch.float16, "cpu")
+    ops = [{"path": "pointwise", "k": 1}, {"path": "pointwise", "k": 2}]
+    entries = {f"float16 {half.key}": {"8x16x16": {"fused": False, "chunk": 0, "ops": ops, "us": 1.0}}}
+    gelu = tuner.make(ib(160, 320, 160, residual=True, act="gelu"), torch.bfloat16, "cpu")
+    for runner in (half, gelu):
+        first, second = tuner.near_choices(runner, 8, 16, 16, False, entries)
+        assert first == runner.by_formula(8, 16, 16, False)
+        assert second == {"fused": False, "chunk": 0, "ops": ops}
+    exact = tuner.near_choices(tuner.make(BLOCKS["FFN"], torch.float32, "cpu"), 8, 16, 16, False, entries)
+    assert len(exact) == 2
+    assert all(op["path"] == "pointwise" for choice in exact for op in choice["ops"])

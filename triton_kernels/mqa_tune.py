@@ -12,16 +12,13 @@ from torch import Tensor
 from mnv4_ops.spec import pad_before_after
 
 from . import mqa_config
+from .candidates import candidates, unique
 from .config import Config, next_pow2, pieces
 from .mqa_block import KEY, KEY_DOWN, OUTPUT, QUERY, VALUE, VALUE_DOWN, MobileMQA
 from .plan import Op
 
 # (fused, operations, candidates of each), as in tuner.py
 Variant = tuple[bool, tuple[Op, ...], list[list[Config]]]
-
-
-def _unique(items: list[Config]) -> list[Config]:
-    return list({repr(sorted(item.items())): item for item in items}.values())
 
 
 def _ops(runner: MobileMQA, lists: list[list[Config]]) -> tuple[Op, ...]:
@@ -98,8 +95,6 @@ def _shares(runner: MobileMQA, nk: int) -> list[Config]:
 
 def variants(runner: MobileMQA, n: int, h: int, w: int, tf32: int, sms: int) -> list[Variant]:
     """The ways to run a block, the formula's among them."""
-    from .tuner import candidates
-
     first = mqa_config.formula(runner, n, h, w, tf32, sms)["ops"]
     (hq, wq), (hk, wk) = runner.query_hw(h, w), runner.kv_hw(h, w)
     nq, nk, pixels = hq * wq, hk * wk, n * hq * wq
@@ -122,7 +117,7 @@ def variants(runner: MobileMQA, n: int, h: int, w: int, tf32: int, sms: int) -> 
         if [options[0]["path"] for options in way] == [cfg["path"] for cfg in first] and _alike(way, first):
             for options, cfg in zip(way, first, strict=True):
                 options.insert(0, cfg)
-    return [(True, _ops(runner, way), [_unique(options) for options in way]) for way in ways]
+    return [(True, _ops(runner, way), [unique(options) for options in way]) for way in ways]
 
 
 def _alike(way: list[list[Config]], choice: list[Config]) -> bool:
