@@ -108,15 +108,21 @@ def test_tables_are_well_formed() -> None:
 
 
 def test_the_h100_table_holds_what_it_claims() -> None:
-    """float16, the three convolution models, every batch bucket; every entry can be planned."""
+    """float16, all models, every batch bucket; every entry can be planned."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
     from gpu_blocks import blocks
+    from gpu_mqa import describe
+
+    from mnv4_ops.bench import gpu_mqa
+    from mnv4_ops.spec import MODELS
     from mnv4_ops.triton_kernels import config
     from mnv4_ops.triton_kernels.tuner import make
 
     table = json.loads((config.TUNED / "nvidia_h100_80gb_hbm3.json").read_text())["entries"]
     missing, used = [], 0
-    for desc, h, w, _ in blocks(["conv_small", "conv_medium", "conv_large"]).values():
+    jobs = [(desc, h, w) for desc, h, w, _ in blocks(list(MODELS)).values()]
+    jobs += [(describe(spec), h, w) for spec, h, w in gpu_mqa.blocks().values()]
+    for desc, h, w in jobs:
         runner = make(desc, torch.float16, "cpu")
         sizes = table.get(f"float16 {runner.key}", {})
         for batch in config.BUCKETS:
