@@ -179,9 +179,10 @@ def tune_models(
     models: list[str], dtypes: list[torch.dtype], batches: list[int], out: Path, near: bool = False
 ) -> None:
     """Tables written after each model, so that a cut-off run leaves what it has."""
-    from mnv4_ops import tuning
     from mnv4_ops.triton_kernels import config, tune
     from mnv4_ops.triton_kernels.tuner import make
+
+    from mnv4_ops import tuning
 
     name = torch.cuda.get_device_name()
     entries: dict[str, Any] = {}

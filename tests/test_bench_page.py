@@ -227,7 +227,9 @@ def test_moods_of_ratios() -> None:
 
 @needs_results
 def test_committed_headlines_have_their_peers() -> None:
-    """Red: a headline row without XNNPACK, ONNX Runtime and OpenVINO (CPU), or torch.compile + CUDA graph (GPU)."""
+    """Red: a headline row without XNNPACK, ONNX Runtime and OpenVINO (CPU), or torch.compile + CUDA graph (GPU; of the
+    hybrids its form with expanded keys and values).
+    """
     seen = set()
     for stem, document in page_files.load(RESULTS).items():
         kind = page_files.kind_of(document)
@@ -251,7 +253,10 @@ def test_committed_headlines_have_their_peers() -> None:
             for found in document["cells"]:
                 where = (stem, found["model"], found["batch"], found["dtype"])
                 if gpu.OURS in found["graphs"] and "speedup_vs_best_peer" in found["graphs"][gpu.OURS]:
-                    assert set(rows.HEADLINE["cuda"]) <= set(found["graphs"]), where
+                    # of the hybrids the form with expanded keys and values: SDPA has fused kernels for that one alone
+                    hybrid = found["model"].startswith("hybrid")
+                    needed = {"compile_expanded_graph"} if hybrid else set(rows.HEADLINE["cuda"])
+                    assert needed <= set(found["graphs"]), where
     assert {"models", "ops", "pareto", "gpu", "arm"} <= seen
 
 

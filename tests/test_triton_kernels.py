@@ -112,11 +112,11 @@ def test_the_h100_table_holds_what_it_claims() -> None:
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
     from gpu_blocks import blocks
     from gpu_mqa import describe
+    from mnv4_ops.triton_kernels import config
+    from mnv4_ops.triton_kernels.tuner import make
 
     from mnv4_ops.bench import gpu_mqa
     from mnv4_ops.spec import MODELS
-    from mnv4_ops.triton_kernels import config
-    from mnv4_ops.triton_kernels.tuner import make
 
     table = json.loads((config.TUNED / "nvidia_h100_80gb_hbm3.json").read_text())["entries"]
     missing, used = [], 0

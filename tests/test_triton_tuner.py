@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_cases import ib
-
 from mnv4_ops.triton_kernels import config, tuner
 from mnv4_ops.triton_kernels.plan import apart, spread
+from triton_cases import ib
 
 HEAD = {"c_in": 64, "c_feat": 96, "feat_act": "relu", "c_hidden": 128, "hidden_act": "relu", "classes": 10}
 BLOCKS = {
