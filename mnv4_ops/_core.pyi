@@ -165,6 +165,13 @@ class Program:
         self, x: int, n: int, h: int, w: int, strides: Sequence[int], out: int, workspace: int, threads: int
     ) -> list[float]: ...  # runs; seconds by op
 
+# the same in fp16 arithmetic, where the machine has it; `pack` takes float32, blobs are of float32 blocks
+class HalfBlock(Block): ...
+class HalfHead(Head): ...
+
+class HalfProgram(Program):
+    def __init__(self, ops: list[HalfBlock | HalfHead]) -> None: ...
+
 class Guard:
     """Notices when modules or their tensors are no longer what they were when it was made."""
 

@@ -79,9 +79,29 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
   return {at(weight), at(bias), at(bn_weight), at(bn_bias), at(bn_mean), at(bn_var), eps, at(gamma)};
 }
 
-void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
-             Address workspace, int threads, double* seconds) {
-  for (const Op& op : ops) {
+namespace {
+
+const KernelTable& kernels_of(const float*) { return active_kernels(); }
+#if defined(MNV4_OPS_HALF)
+const BasicKernels<Half>& kernels_of(const Half*) {
+  const BasicKernels<Half>* k = half_kernels();
+  if (k == nullptr) throw std::runtime_error("run: this machine has no fp16 arithmetic");
+  return *k;
+}
+#endif
+
+// Arenas hold floats.
+template <class T>
+T* elements(Arena& arena, std::size_t n) {
+  return reinterpret_cast<T*>(arena.get((n * sizeof(T) + sizeof(float) - 1) / sizeof(float)));
+}
+
+}  // namespace
+
+template <class T>
+void run_ops(const BasicOps<T>& ops, BasicPlans<T>* plans, Address x, int n, int h, int w, const Strides& s,
+             Address out, Address workspace, int threads, double* seconds) {
+  for (const BasicOp<T>& op : ops) {
     const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
     if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
   }
@@ -89,41 +109,42 @@ void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, 
   require_least("run", "threads", threads, 1);
   require_valid("run", refuses(ops, h, w));
   if (n == 0) return;
-  Plans none;
+  BasicPlans<T> none;
   const std::shared_ptr<const ProgramPlan> plan = (plans != nullptr ? *plans : none).get(ops, n, h, w, threads);
   if (workspace == 0 && plan->workspace() > 0) {
     throw std::invalid_argument("run: workspace = 0, expected the address of workspace_bytes() of memory");
   }
   if (x == 0 || out == 0) throw std::invalid_argument("run: x or out is 0, expected addresses");
-  float* arena = scratch_arena().get(plan->scratch * threads);
-  Tensor in = strided_tensor(const_cast<float*>(at(x)), s[0], s[1], s[2], s[3]);
-  const Block* const* first = std::get_if<const Block*>(&ops[0]);
-  const int c = input_channels(ops[0]);
+  const Kernels<T>& kernels = kernels_of(static_cast<const T*>(nullptr));
+  T* arena = elements<T>(scratch_arena(), plan->scratch * threads);
+  BasicTensor<T> in = strided_tensor(reinterpret_cast<T*>(x), s[0], s[1], s[2], s[3]);
+  const BasicBlock<T>* const* first = std::get_if<const BasicBlock<T>*>(&ops[0]);
+  const int c = input_channels<T>(ops[0]);
   const bool any = first != nullptr && (*first)->any_channel_stride() && !(*first)->desc().residual;
-  float* copy = nullptr;
-  Arena large;  // a copy of more than kKept floats lives for this call only
+  T* copy = nullptr;
+  Arena large;  // a copy of more than kKept elements lives for this call only
   if (!any && s[1] != 1 && c > 1) {
     const std::size_t need = static_cast<std::size_t>(n) * c * h * w;
-    copy = (need > kKept ? large : input_arena).get(need);
+    copy = elements<T>(need > kKept ? large : input_arena, need);
   }
 
   py::gil_scoped_release release;
   if (copy != nullptr) {
     // one pass to channels_last for a block whose first product reads whole pixels
     struct Job {
-      const float* src;
-      float* dst;
+      const T* src;
+      T* dst;
       Strides s;
       int n, c, h, w;
-    } job{at(x), copy, s, n, c, h, w};
+    } job{reinterpret_cast<const T*>(x), copy, s, n, c, h, w};
     parallel_run(
         threads,
         [](void* p, int tid, int parts) {
           const Job& j = *static_cast<Job*>(p);
           const Range rows = split(j.n * j.h, parts, tid);
           for (int r = rows.lo; r < rows.hi; ++r) {
-            const float* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
-            float* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
+            const T* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
+            T* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
             for (int ch = 0; ch < j.c; ++ch) {
               for (int i = 0; i < j.w; ++i)
                 dst[static_cast<std::ptrdiff_t>(i) * j.c + ch] = src[ch * j.s[1] + i * j.s[3]];
@@ -135,9 +156,15 @@ void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, 
     in = strided_tensor(copy, row * h, 1, row, c);
   }
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, *plan, active_kernels(), in, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena,
-      seconds);
+  run(ops, *plan, kernels, in, reinterpret_cast<T*>(out), reinterpret_cast<T*>(workspace), arena, seconds);
 }
+
+template void run_ops(const BasicOps<float>&, BasicPlans<float>*, Address, int, int, int, const Strides&, Address,
+                      Address, int, double*);
+#if defined(MNV4_OPS_HALF)
+template void run_ops(const BasicOps<Half>&, BasicPlans<Half>*, Address, int, int, int, const Strides&, Address,
+                      Address, int, double*);
+#endif
 
 void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads) {
   const std::size_t need = n > 0 ? p.plans.get(p.ops, n, h, w, threads)->workspace() : 0;

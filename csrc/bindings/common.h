@@ -114,11 +114,11 @@ void import_blob(T& op, std::uint32_t kind, const py::bytes& bytes) {
   op.adopt(copy.data());
 }
 
-template <class T>
-std::size_t scratch_bytes(const T& op, int h, int w, int threads) {
+template <class T, class B>
+std::size_t scratch_bytes(const B& op, int h, int w, int threads) {
   require_size("scratch_bytes", 0, h, w);
   require_least("scratch_bytes", "threads", threads, 1);
-  return op.scratch_floats(h, w, threads) * sizeof(float);
+  return op.scratch_floats(h, w, threads) * sizeof(T);
 }
 
 /// Checked: addresses go together as StageParams says; `bare`: a norm without a weight.
@@ -126,9 +126,10 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
                          Address bn_var, double eps, Address gamma, bool bare = false);
 
 // The plans of a list for the sizes it has met. Used under the GIL only.
-class Plans {
+template <class T>
+class BasicPlans {
  public:
-  std::shared_ptr<const ProgramPlan> get(const std::vector<Op>& ops, int n, int h, int w, int threads) {
+  std::shared_ptr<const ProgramPlan> get(const BasicOps<T>& ops, int n, int h, int w, int threads) {
     for (const auto& p : recent_) {
       if (p->n == n && p->h == h && p->w == w && p->threads == threads) return p;
     }
@@ -147,15 +148,19 @@ class Plans {
   std::size_t oldest_ = 0;
 };
 
-void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
-             Address workspace, int threads, double* seconds = nullptr);
+/// Checked. Strides in elements.
+template <class T>
+void run_ops(const BasicOps<T>& ops, BasicPlans<T>* plans, Address x, int n, int h, int w, const Strides& s,
+             Address out, Address workspace, int threads, double* seconds = nullptr);
 
 // Program keeps the Python objects of its ops alive.
-struct PyProgram {
-  std::vector<Op> ops;
-  mutable Plans plans;
+template <class T>
+struct BasicPyProgram {
+  BasicOps<T> ops;
+  mutable BasicPlans<T> plans;
   py::list keep;
 };
+using PyProgram = BasicPyProgram<float>;
 /// run_ops in memory of the calling thread; more than a limit lives for this call only.
 void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads);
 
