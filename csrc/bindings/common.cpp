@@ -1,24 +1,6 @@
 #include "bindings/common.h"
 
-#include "core/parallel.h"
-
 namespace mnv4 {
-namespace {
-
-thread_local Arena input_arena;
-constexpr std::size_t kKept = 1 << 20, kWorkspaceKept = 2 << 20;  // floats
-
-}  // namespace
-
-Arena& scratch_arena() {
-  thread_local Arena arena;
-  return arena;
-}
-
-Arena& workspace_arena() {
-  thread_local Arena arena;
-  return arena;
-}
 
 bool same_padding(const std::string& padding, const char* cls) {
   if (padding != "symmetric" && padding != "same") {
@@ -95,54 +77,14 @@ void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, 
     throw std::invalid_argument("run: workspace = 0, expected the address of workspace_bytes() of memory");
   }
   if (x == 0 || out == 0) throw std::invalid_argument("run: x or out is 0, expected addresses");
-  float* arena = scratch_arena().get(plan->scratch * threads);
-  Tensor in = strided_tensor(const_cast<float*>(at(x)), s[0], s[1], s[2], s[3]);
-  const Block* const* first = std::get_if<const Block*>(&ops[0]);
-  const int c = input_channels(ops[0]);
-  const bool any = first != nullptr && (*first)->any_channel_stride() && !(*first)->desc().residual;
-  float* copy = nullptr;
-  Arena large;  // a copy of more than kKept floats lives for this call only
-  if (!any && s[1] != 1 && c > 1) {
-    const std::size_t need = static_cast<std::size_t>(n) * c * h * w;
-    copy = (need > kKept ? large : input_arena).get(need);
-  }
-
   py::gil_scoped_release release;
-  if (copy != nullptr) {
-    // one pass to channels_last for a block whose first product reads whole pixels
-    struct Job {
-      const float* src;
-      float* dst;
-      Strides s;
-      int n, c, h, w;
-    } job{at(x), copy, s, n, c, h, w};
-    parallel_run(
-        threads,
-        [](void* p, int tid, int parts) {
-          const Job& j = *static_cast<Job*>(p);
-          const Range rows = split(j.n * j.h, parts, tid);
-          for (int r = rows.lo; r < rows.hi; ++r) {
-            const float* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
-            float* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
-            for (int ch = 0; ch < j.c; ++ch) {
-              for (int i = 0; i < j.w; ++i)
-                dst[static_cast<std::ptrdiff_t>(i) * j.c + ch] = src[ch * j.s[1] + i * j.s[3]];
-            }
-          }
-        },
-        &job);
-    const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(w) * c;
-    in = strided_tensor(copy, row * h, 1, row, c);
-  }
-  if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, *plan, active_kernels(), in, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), arena,
-      seconds);
+  run_strided(ops, *plan, at(x), s, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), seconds);
 }
 
 void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads) {
   const std::size_t need = n > 0 ? p.plans.get(p.ops, n, h, w, threads)->workspace() : 0;
   Arena large;
-  float* workspace = need > 0 ? (need > kWorkspaceKept ? large : workspace_arena()).get(need) : nullptr;
+  float* workspace = workspace_of(need, large);
   run_ops(p.ops, &p.plans, x, n, h, w, s, out, reinterpret_cast<Address>(workspace), threads);
 }
 
