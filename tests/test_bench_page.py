@@ -253,10 +253,7 @@ def test_committed_headlines_have_their_peers() -> None:
             for found in document["cells"]:
                 where = (stem, found["model"], found["batch"], found["dtype"])
                 if gpu.OURS in found["graphs"] and "speedup_vs_best_peer" in found["graphs"][gpu.OURS]:
-                    # of the hybrids the form with expanded keys and values: SDPA has fused kernels for that one alone
-                    hybrid = found["model"].startswith("hybrid")
-                    needed = {"compile_expanded_graph"} if hybrid else set(rows.HEADLINE["cuda"])
-                    assert needed <= set(found["graphs"]), where
+                    assert page_gpu.headline(found), where
     assert {"models", "ops", "pareto", "gpu", "arm"} <= seen
 
 

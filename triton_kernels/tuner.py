@@ -398,7 +398,7 @@ def near_choices(
                 found = config.lookup(entries, f"{dtype} {key}", n, h, w)
                 if found is not None:
                     out.append({name: found[name] for name in ("fused", "chunk", "ops")})
-    return list({repr(choice): choice for choice in out}.values())
+    return unique(out)
 
 
 def _near_tasks(jobs: Sequence[Job], dtype: torch.dtype, batches: Sequence[int], tf32: bool, entries: Any) -> list[Any]:

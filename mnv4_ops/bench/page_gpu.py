@@ -18,8 +18,12 @@ _KINDS: tuple[tuple[str, str, dict[str, str], dict[str, str]], ...] = (
 
 
 def headline(found: Document) -> bool:
-    """Whether the peers that a cell has to be quoted against ran in it."""
-    return gpu.OURS in found["graphs"] and set(rows.HEADLINE["cuda"]) <= set(found["graphs"])
+    """Whether the peers that a cell has to be quoted against ran in it. Of the hybrids that is the form with expanded
+    keys and values: SDPA has fused kernels for that one alone.
+    """
+    hybrid = inputs.ledger_name(found["model"]).startswith("hybrid")
+    needed = {"compile_expanded_graph"} if hybrid else set(rows.HEADLINE["cuda"])
+    return gpu.OURS in found["graphs"] and needed <= set(found["graphs"])
 
 
 def section(stem: str, document: Document) -> Section:
