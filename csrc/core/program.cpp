@@ -81,6 +81,7 @@ class Walk {
   struct State {
     Tensor x;
     int h, w;
+    int half;  // where x lies, if in a half
   };
 
   /// Operations [from, to) on a batch; what lies between them alternates between the two halves, the last one writes
@@ -102,7 +103,8 @@ class Walk {
       Size g = size_after(ops[first], s.h, s.w);
       if (i > first) g = size_after(ops[i], g.h, g.w);
       const bool end = i + 1 == to;
-      const Tensor out = end ? final : blocked_tensor(half[i % 2], outputs(ops[i]), g.h, g.w);
+      const int other = 1 - s.half;
+      const Tensor out = end ? final : blocked_tensor(half[other], outputs(ops[i]), g.h, g.w);
       bool together = false;
       if (const Mqa* m = attention(ops[i])) {
         together = m->run(here, s.x, out, !end || padded, n, s.h, s.w);
@@ -113,7 +115,7 @@ class Walk {
       }
       if (!together && r.n > 1) r.barrier->wait(r.tid, r.n);
       lap(first);
-      s = {out, g.h, g.w};
+      s = {out, g.h, g.w, other};
     }
     return s;
   }
@@ -144,27 +146,27 @@ void body(void* ctx, int tid, int threads) {
   r.draw = &draw;
   Walk walk(c, r);
   float* half[2] = {c.workspace, c.workspace + p.between};
-  Walk::State s{c.x, p.h, p.w};
+  Walk::State s{c.x, p.h, p.w, 1};
   const Shape shape = output_shape(ops, p.n, p.h, p.w);
   const auto end = [&] { return image_tensor(c.out, shape.c, shape.h, shape.w); };
   if (p.prefix > 0) {
     // no barrier until each thread has taken its images through: they stay in its cache
     const Shape after = output_shape({ops.begin(), ops.begin() + static_cast<std::ptrdiff_t>(p.prefix)}, p.n, p.h, p.w);
     const bool all = p.prefix == ops.size();
-    const Tensor to = all ? end() : blocked_tensor(half[(p.prefix - 1) % 2], after.c, after.h, after.w);
+    const Tensor to = all ? end() : blocked_tensor(half[0], after.c, after.h, after.w);
     Region alone = r;
     Draw single(nullptr, 0, 1);
     alone.tid = 0, alone.n = 1, alone.arena = r.scratch(tid), alone.draw = &single;
     const auto image = [&](int i, const Region& by, int owner) {
       float* own = c.workspace + 2 * (p.between + owner * p.image);
       float* const halves[2] = {own, own + p.image};
-      walk.run(0, p.prefix, {one_image(c.x, i), p.h, p.w}, 1, halves, one_image(to, i), !all, by);
+      walk.run(0, p.prefix, {one_image(c.x, i), p.h, p.w, 1}, 1, halves, one_image(to, i), !all, by);
     };
     const int whole = p.n / threads * threads;
     draw.each(whole, [&](int i, int) { image(i, alone, tid); });
     if (threads > 1) r.barrier->wait(tid, threads);
     for (int i = whole; i < p.n; ++i) image(i, r, 0);
-    s = {to, after.h, after.w};
+    s = {to, after.h, after.w, 0};
   }
   walk.run(p.prefix, ops.size(), s, p.n, half, end(), false, r);
 }

@@ -64,8 +64,8 @@ BlockDesc dense(Random& r, int c_in, int c_mid, int c_out, int stride) {
   return d;
 }
 
-/// kind 0: head alone. 1: stem and a dense block behind it, as a pair when the cache is small. 2: random blocks. 3:
-/// blocks and head.
+/// kind 0: head alone. 1: stem and a dense block behind it, as a pair when the cache is small, perhaps a second pair.
+/// 2: random blocks. 3: blocks and head.
 List random_list(Random& r, int number, int& channels) {
   static constexpr int narrow[] = {3, 8, 15, 16, 17, 24};
   List list;
@@ -78,6 +78,12 @@ List random_list(Random& r, int number, int& channels) {
     list.add(r, dense(r, c, first, 0, r.between(1, 2)));
     list.add(r, dense(r, first, second, r.chance(70) ? r.pick(narrow) : 0, r.between(1, 2)));
     c = list.cases.back().d.c_out;
+    if (r.chance(50)) {
+      const int third = r.pick(narrow);
+      list.add(r, dense(r, c, third, 0, 1));
+      list.add(r, dense(r, third, r.pick(narrow), 0, r.between(1, 2)));
+      c = list.cases.back().d.c_out;
+    }
   }
   for (int i = kind == 2 ? 0 : 1, n = kind == 0 ? 0 : r.between(1, 4); i < n; ++i) {
     BlockDesc d = random_desc(r, r.between(0, kKinds - 1));
