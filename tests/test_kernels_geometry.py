@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from fuzz_helpers import corpus, fuzz
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from kernel_helpers import NAN, TestBlock, assert_2x, core, random_layer, run
+from kernel_helpers import NAN, TestBlock, assert_2x, core, ib, random_layer, run
 from torch import Tensor
 
 from mnv4_ops import _native
@@ -207,6 +208,23 @@ def test_programs(
     truth = reference(x.double())
     y = image(min(SAMPLE * n // truth.numel() + 1, 256), *x.shape[1:], "nchw", seed + 1)
     assert_2x(output, reference(x), truth, (reference(y), reference(y.double())))
+
+
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (1, 2), (3, 2), (5, 2)])
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_a_pair_in_bands_at_any_place_of_a_program(before: int, batch: int, threads: int, tier: str) -> None:
+    """Two blocks whose image between them does not fit into L2 run in bands of rows, whatever comes before and after."""
+    # above half of L2, where bands begin
+    side = math.isqrt(core().cpu_info()["l2"] // 4 // 2 // 16) + 5
+    blocks = [TestBlock.random(**{"c_in": 8, "c_mid": 8, "c_out": 8, "expand": True}) for _ in range(before + 3)]
+    wide = {"c_in": 8, "c_mid": 24, "c_out": 24, "expand": True, "expand_kernel": 3, "expand_stride": 2}
+    blocks[before + 1] = TestBlock.random(**wide)
+    blocks[before + 2] = TestBlock.random(**ib(24, 24, 8))
+    x = torch.randn(batch, 8, side, side)
+    truth, plain = x.double(), x
+    for block in blocks:
+        truth, plain = block.reference(truth), block.reference(plain)
+    assert_2x(run(core().Program([block.native() for block in blocks]), x, threads), plain, truth)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
