@@ -213,10 +213,10 @@ def test_programs(
 @pytest.mark.parametrize(("batch", "threads"), [(1, 1), (1, 2), (3, 2), (5, 2)])
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_a_pair_in_bands_at_any_place_of_a_program(before: int, batch: int, threads: int, tier: str) -> None:
-    """Two blocks whose image between them does not fit into L2 run in bands of rows, whatever comes before and after."""
+    """Two blocks whose image between them does not fit into L2 run in bands of rows, whatever is around them."""
     # above half of L2, where bands begin
     side = math.isqrt(core().cpu_info()["l2"] // 4 // 2 // 16) + 5
-    blocks = [TestBlock.random(**{"c_in": 8, "c_mid": 8, "c_out": 8, "expand": True}) for _ in range(before + 3)]
+    blocks = [TestBlock.random(c_in=8, c_mid=8, c_out=8, expand=True) for _ in range(before + 3)]
     wide = {"c_in": 8, "c_mid": 24, "c_out": 24, "expand": True, "expand_kernel": 3, "expand_stride": 2}
     blocks[before + 1] = TestBlock.random(**wide)
     blocks[before + 2] = TestBlock.random(**ib(24, 24, 8))
