@@ -1,7 +1,7 @@
 """GPU blocks: correctness of every kernel first, then measured tiles and the time of each block of the ledger.
 
-python benchmarks/gpu_blocks.py [--check] [--tune [--near]] [--models conv_small,...] [--dtypes float16,...]
-    [--batches 1,8,64,256] [--out DIR]
+python benchmarks/gpu_blocks.py [--check] [--tune [--near]] [--models conv_small,...]
+    [--dtypes float16,bfloat16,float32,float32_tf32] [--batches 1,8,64,256] [--out DIR]
 """
 
 from __future__ import annotations
@@ -164,7 +164,6 @@ def main() -> None:
     parser.add_argument("--out", default=".")
     args = parser.parse_args()
     models = list(MODELS) if args.models == "all" else args.models.split(",")
-    dtypes = [getattr(torch, d) for d in args.dtypes.split(",")]
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     out = Path(args.out)
     t0 = time.time()
@@ -172,12 +171,10 @@ def main() -> None:
         check(models, [torch.float16, torch.bfloat16, torch.float32])
         print(f"check took {time.time() - t0:.0f} s", flush=True)
     if args.tune:
-        tune_models(models, dtypes, [int(b) for b in args.batches.split(",")], out, args.near)
+        tune_models(models, args.dtypes.split(","), [int(b) for b in args.batches.split(",")], out, args.near)
 
 
-def tune_models(
-    models: list[str], dtypes: list[torch.dtype], batches: list[int], out: Path, near: bool = False
-) -> None:
+def tune_models(models: list[str], dtypes: list[str], batches: list[int], out: Path, near: bool = False) -> None:
     """Tables written after each model, so that a cut-off run leaves what it has."""
     from mnv4_ops.triton_kernels import config, tune
     from mnv4_ops.triton_kernels.tuner import make
@@ -189,8 +186,9 @@ def tune_models(
     done: set[str] = set()
     t0 = time.time()
     with open(out / "tune.log", "w") as log:
-        for dtype, tf32 in [(d, t) for d in dtypes for t in ((False, True) if d == torch.float32 else (False,))]:
-            label = str(dtype).removeprefix("torch.") + ("_tf32" if tf32 else "")
+        for label in dtypes:
+            tf32 = label.endswith("_tf32")
+            dtype = getattr(torch, label.removesuffix("_tf32"))
             for model in models:
                 found = blocks([model])
                 jobs = [(d, h, w) for key, (d, h, w, _) in found.items() if key + label not in done]

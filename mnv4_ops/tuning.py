@@ -1,7 +1,8 @@
 """Tables of tuned configurations: those that ship with the package, and the user's own from `mnv4-ops tune`.
 
 A table is one JSON file per GPU, `{"format": 1, "device": name, "versions": {...}, "entries": {...}}`; what the entries
-are is a matter of `mnv4_ops.triton_kernels`. Entries of the user's table come before shipped ones.
+are is a matter of `mnv4_ops.triton_kernels`. Entries of the user's table come before shipped ones, those of the GPU
+itself before those of its family.
 """
 
 from __future__ import annotations
@@ -45,19 +46,33 @@ def shipped_folder() -> Path:
     return Path(file).parent / "tuned"
 
 
-def _shipped_file(device: str) -> Path:
-    return shipped_folder() / f"{slug(device)}.json"
+def shipped_files(device: str) -> list[Path]:
+    """The tables that ship for a GPU, those that count more last: of GPUs with the same chip, then its own.
+
+    `tuned/index.json` has the families by the start of the names: what was measured on an H200 serves an H100.
+    """
+    folder, own = shipped_folder(), slug(device)
+    tables = [
+        table
+        for family in _document(folder / "index.json").get("families", [])
+        if device.startswith(tuple(family["names"]))
+        for table in family["tables"]
+    ]
+    files = [folder / f"{table}.json" for table in (*(t for t in tables if t != own), own)]
+    return [file for file in files if file.is_file()]
 
 
-def _entries(file: Path) -> dict[str, Any]:
+def _document(file: Path) -> dict[str, Any]:
     """{} where there is no file, or one that cannot be used: kernels run untuned then."""
     try:
         document = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    if not isinstance(document, dict) or document.get("format", FORMAT) != FORMAT:
-        return {}
-    entries = document.get("entries")
+    return document if isinstance(document, dict) and document.get("format", FORMAT) == FORMAT else {}
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    entries = _document(file).get("entries")
     return entries if isinstance(entries, dict) else {}
 
 
@@ -73,18 +88,19 @@ def merged(*tables: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def table(device: str) -> dict[str, Any]:
     """All entries for a GPU, by the name that torch gives it."""
-    return merged(_entries(_shipped_file(device)), _entries(user_file(device)))
+    return merged(*map(_entries, shipped_files(device)), _entries(user_file(device)))
 
 
 def describe(device: str) -> dict[str, Any]:
     """For `info`: shipped and own tables with their numbers of entries (None: no such table)."""
 
-    def count(file: Path) -> int | None:
-        return sum(len(sizes) for sizes in _entries(file).values()) if file.is_file() else None
+    def count(files: Sequence[Path]) -> int | None:
+        files = [file for file in files if file.is_file()]
+        return sum(len(sizes) for sizes in merged(*map(_entries, files)).values()) if files else None
 
     return {
-        "shipped": count(_shipped_file(device)),
-        "own": count(user_file(device)),
+        "shipped": count(shipped_files(device)),
+        "own": count([user_file(device)]),
         "own_file": str(user_file(device)),
     }
 

@@ -180,6 +180,19 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("{ damaged")
     tuning.table.cache_clear()
     assert tuning.table(name) == shipped["entries"]
+    assert tuning.table("NVIDIA H200") == {}
+    family = {"names": ["NVIDIA H100", "NVIDIA H200"], "tables": ["nvidia_h100_80gb_hbm3", "nvidia_h200"]}
+    (tmp_path / "shipped" / "index.json").write_text(json.dumps({"format": 1, "families": [family]}))
+    tuning.table.cache_clear()
+    assert tuning.table("NVIDIA H200") == tuning.table("NVIDIA H200 NVL") == shipped["entries"]
+    assert tuning.table("NVIDIA A100-SXM4-80GB") == {}
+    assert tuning.describe("NVIDIA H200")["shipped"] == 2
+    other = {"format": 1, "entries": {"a": {"8x7x7": {"p": 9}}, "c": {"1x7x7": {"p": 9}}}}
+    (tmp_path / "shipped" / "nvidia_h200.json").write_text(json.dumps(other))
+    tuning.table.cache_clear()
+    # the GPU's own entries before its family's
+    assert tuning.table(name) == {**shipped["entries"], "c": {"1x7x7": {"p": 9}}}
+    assert tuning.table("NVIDIA H200")["a"] == {"1x7x7": {"p": 1}, "8x7x7": {"p": 9}}
     tuning.table.cache_clear()
 
 

@@ -142,10 +142,11 @@ def test_near_choices_are_the_formula_and_those_of_alike_blocks() -> None:
     ops = [{"path": "pointwise", "k": 1}, {"path": "pointwise", "k": 2}]
     entries = {f"float16 {half.key}": {"8x16x16": {"fused": False, "chunk": 0, "ops": ops, "us": 1.0}}}
     gelu = tuner.make(ib(160, 320, 160, residual=True, act="gelu"), torch.bfloat16, "cpu")
-    for runner in (half, gelu):
-        first, second = tuner.near_choices(runner, 8, 16, 16, False, entries)
-        assert first == runner.by_formula(8, 16, 16, False)
-        assert second == {"fused": False, "chunk": 0, "ops": ops}
+    found = {"fused": False, "chunk": 0, "ops": ops}
+    assert tuner.near_choices(half, 8, 16, 16, False, entries) == [half.by_formula(8, 16, 16, False), found]
+    # bfloat16 takes what was the best in float16
+    assert tuner.near_choices(gelu, 8, 16, 16, False, entries) == [found]
+    assert tuner.near_choices(gelu, 8, 16, 16, False, {}) == [gelu.by_formula(8, 16, 16, False)]
     exact = tuner.near_choices(tuner.make(BLOCKS["FFN"], torch.float32, "cpu"), 8, 16, 16, False, entries)
     assert len(exact) == 2
     assert all(op["path"] == "pointwise" for choice in exact for op in choice["ops"])

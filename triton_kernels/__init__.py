@@ -1,7 +1,7 @@
 """Triton kernels of mnv4_ops, one operation per file; installed as ``mnv4_ops.triton_kernels``.
 
 `Block`, `Head` and `MobileMQA` mirror the classes of `_core` on a GPU; they are imported, and Triton with them, on
-first use. `tuned/index.json` lists the tables of tuned configurations, one per GPU.
+first use. `tuned/` holds the tables of tuned configurations, one per GPU; `index.json` says which GPUs share theirs.
 
 File by operation: pointwise.py ([depthwise ->] 1x1), expand.py ([depthwise ->] 1x1 with the input on chip, FFN,
 ConvNext), depthwise.py, dense.py (stem, conv, FusedIB), head.py (1x1 + pool), mqa.py (Mobile MQA), attention.py.

@@ -12,6 +12,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _normal_cdf(b_x):
+    """(1 + erf(x / sqrt(2))) / 2 in fp32 to 1.2e-7, one formula for all x.
+
+    exp(-x^2 / 2) times a polynomial of t = 1 / (1 + 0.28 |x|), the form of Abramowitz and Stegun 7.1.26 with one term
+    more, fitted to x * cdf(x) (1.1e-8 before rounding). The library's erf chooses coefficients by the size of x: with
+    many elements in flight that took three times the registers, and depthwise tiles spilled.
+    """
+    b_t = 1.0 / (1.0 + 0.28 * tl.abs(b_x))
+    b_p = -0.10632825210089683 * b_t + 0.3920657915417347
+    b_p = b_p * b_t - 0.24066747322422127
+    b_p = b_p * b_t + 0.27197075546043464
+    b_p = b_p * b_t + 0.0662301362598959
+    b_p = b_p * b_t + 0.11672903099964278
+    b_tail = b_p * b_t * tl.exp2(b_x * b_x * -0.7213475204444817)
+    return tl.where(b_x > 0, 1.0 - b_tail, b_tail)
+
+
+@triton.jit
 def activation(b_y, ACT: tl.constexpr):
     """none, relu, relu6 or gelu (erf) in fp32; NaN passes as in torch."""
     if ACT == "relu":
@@ -20,7 +38,7 @@ def activation(b_y, ACT: tl.constexpr):
         b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_y = tl.minimum(b_y, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "gelu":
-        b_y = 0.5 * b_y * (1.0 + tl.math.erf(b_y * 0.7071067811865476))
+        b_y = b_y * _normal_cdf(b_y)
     return b_y
 
 
