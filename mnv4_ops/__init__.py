@@ -14,12 +14,26 @@ from mnv4_ops import _native
 
 if TYPE_CHECKING:
     from mnv4_ops import ops, reference, spec
+    from mnv4_ops.native_export import export, load_native_library, native_library
     from mnv4_ops.patch import disable, enable, explain, repack
 
-__all__ = ["__version__", "disable", "enable", "explain", "ops", "reference", "repack", "spec"]
+__all__ = [
+    "__version__",
+    "disable",
+    "enable",
+    "explain",
+    "export",
+    "load_native_library",
+    "native_library",
+    "ops",
+    "reference",
+    "repack",
+    "spec",
+]
 
 _MODULES = ("ops", "reference", "spec")
-_PATCH = ("disable", "enable", "explain", "repack")
+_FUNCTIONS = dict.fromkeys(("disable", "enable", "explain", "repack"), "mnv4_ops.patch")
+_FUNCTIONS |= dict.fromkeys(("export", "load_native_library", "native_library"), "mnv4_ops.native_export")
 
 
 def _version() -> str:
@@ -36,8 +50,8 @@ __version__ = _version()
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"mnv4_ops.{name}")
-    if name in _PATCH:
-        value = getattr(importlib.import_module("mnv4_ops.patch"), name)
+    if name in _FUNCTIONS:
+        value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'mnv4_ops' has no attribute {name!r}")

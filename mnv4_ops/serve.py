@@ -148,7 +148,7 @@ def _function(target: Target, plan: str) -> Any:
     return getattr(importlib.import_module(target.adapter), plan)
 
 
-def _describer(target: Target, cls: type, plan: str) -> Callable[[Recorder], Any]:
+def describer(target: Target, cls: type, plan: str) -> Callable[[Recorder], Any]:
     def describe(rec: Recorder) -> Any:
         kind = type(rec.modules[0])
         function = _function(target, plan)
@@ -216,7 +216,7 @@ def _fits(x: Tensor, c_in: int) -> str | None:
 def block(target: Target, cls: type, original: Any) -> Callable[[Any, Any], Any]:
     """The wrapper's work for a block."""
     name = target.plans[0]
-    describe = _describer(target, cls, name)
+    describe = describer(target, cls, name)
     reason_of, grad_enabled, find = conditions.reason, torch.is_grad_enabled, cache.find
 
     def run(self: Any, x: Any) -> Any:
@@ -268,7 +268,7 @@ def laned(target: Target) -> bool:
 
 def model(target: Target, cls: type, original: Any) -> Callable[..., Any]:
     """The wrapper's work for a method of a whole model."""
-    describers = [_describer(target, cls, plan) for plan in target.plans]
+    describers = [describer(target, cls, plan) for plan in target.plans]
     pyramid = "feature_pyramid" in target.plans
     graphed = target.method in graphs.METHODS
     learns = laned(target)
@@ -342,4 +342,4 @@ def _alive(ref: Any) -> nn.Module:
 
 def compiled(target: Target, cls: type, original: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper's work under torch.compile; `run` is that without."""
-    return traced.forward(target, original, [_describer(target, cls, plan) for plan in target.plans], run)
+    return traced.forward(target, original, [describer(target, cls, plan) for plan in target.plans], run)

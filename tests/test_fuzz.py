@@ -139,7 +139,7 @@ def changed(t: Tensor, how: str) -> Tensor | None:
     if how == "none":
         return None
     if how in ("more", "less"):
-        return torch.randn([t.shape[0] + (1 if how == "more" else -1), *t.shape[1:]])
+        return torch.randn([max(0, t.shape[0] + (1 if how == "more" else -1)), *t.shape[1:]])
     if how == "empty":
         return t[:0]
     if how == "flat":

@@ -142,10 +142,13 @@ def test_sdist_and_wheel_hold_the_same_files(checkout: Path, archives: tuple[Pat
     (unpacked,) = tmp_path.iterdir()
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-    native = {name for name in names if name.startswith("mnv4_ops/_core.") and name.endswith(".so")}
+    native = {name for name in names if name.startswith("mnv4_ops/") and name.endswith(".so")}
     metadata = {name for name in names if ".dist-info/" in name}
 
-    assert len(native) == 1
+    # the Python module, and the op for C++ hosts
+    assert len(native) == 2
+    assert "mnv4_ops/libmnv4_ops_torch.so" in native
+    assert any(name.startswith("mnv4_ops/_core.") for name in native)
     assert DATA in names
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     assert {name.split("/")[0] for name in names - metadata} == {"mnv4_ops"}

@@ -1,34 +1,6 @@
 #include "bindings/common.h"
 
-#include "core/parallel.h"
-
 namespace mnv4 {
-namespace {
-
-thread_local Arena input_arena, workspace_arena;
-constexpr std::size_t kInputKept = 1 << 20;  // floats
-
-// Checks a call; null where there is nothing to do.
-std::shared_ptr<const ProgramPlan> plan_call(const std::vector<Op>& ops, Plans* plans, int n, int h, int w,
-                                             int threads) {
-  for (const Op& op : ops) {
-    const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
-    if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
-  }
-  require_size("run", n, h, w);
-  require_least("run", "threads", threads, 1);
-  require_valid("run", refuses(ops, h, w));
-  if (n == 0) return nullptr;
-  Plans none;
-  return (plans != nullptr ? *plans : none).get(ops, n, h, w, threads);
-}
-
-}  // namespace
-
-Arena& scratch_arena() {
-  thread_local Arena arena;
-  return arena;
-}
 
 bool same_padding(const std::string& padding, const char* cls) {
   if (padding != "symmetric" && padding != "same") {
@@ -91,74 +63,40 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
 
 namespace {
 
-void run_planned(const std::vector<Op>& ops, const ProgramPlan& plan, Address x, const Strides& s, Address out,
-                 float* workspace, double* seconds) {
-  const int n = plan.n, h = plan.h, w = plan.w, threads = plan.threads;
+/// Checks a call; null where there is nothing to do.
+std::shared_ptr<const ProgramPlan> plan_call(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w,
+                                             Address out, int threads) {
+  for (const Op& op : ops) {
+    const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
+    if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
+  }
+  require_size("run", n, h, w);
+  require_least("run", "threads", threads, 1);
+  require_valid("run", refuses(ops, h, w));
+  if (n == 0) return nullptr;
   if (x == 0 || out == 0) throw std::invalid_argument("run: x or out is 0, expected addresses");
-  float* arena = scratch_arena().get(plan.scratch * threads);
-  Tensor in = strided_tensor(const_cast<float*>(at(x)), s[0], s[1], s[2], s[3]);
-  const Block* const* first = std::get_if<const Block*>(&ops[0]);
-  const int c = input_channels(ops[0]);
-  const bool any = first != nullptr && (*first)->any_channel_stride() && !(*first)->desc().residual;
-  float* copy = nullptr;
-  Arena large;  // a copy of more than kInputKept floats lives for this call only
-  if (!any && s[1] != 1 && c > 1) {
-    const std::size_t need = static_cast<std::size_t>(n) * c * h * w;
-    copy = (need > kInputKept ? large : input_arena).get(need);
-  }
-
-  py::gil_scoped_release release;
-  if (copy != nullptr) {
-    // one pass to channels_last for a block whose first product reads whole pixels
-    struct Job {
-      const float* src;
-      float* dst;
-      Strides s;
-      int n, c, h, w;
-    } job{at(x), copy, s, n, c, h, w};
-    parallel_run(
-        threads,
-        [](void* p, int tid, int parts) {
-          const Job& j = *static_cast<Job*>(p);
-          const Range rows = split(j.n * j.h, parts, tid);
-          for (int r = rows.lo; r < rows.hi; ++r) {
-            const float* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
-            float* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
-            for (int ch = 0; ch < j.c; ++ch) {
-              for (int i = 0; i < j.w; ++i)
-                dst[static_cast<std::ptrdiff_t>(i) * j.c + ch] = src[ch * j.s[1] + i * j.s[3]];
-            }
-          }
-        },
-        &job);
-    const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(w) * c;
-    in = strided_tensor(copy, row * h, 1, row, c);
-  }
-  if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, plan, active_kernels(), in, reinterpret_cast<float*>(out), workspace, arena, seconds);
+  Plans none;
+  return (plans != nullptr ? *plans : none).get(ops, n, h, w, threads);
 }
 
 }  // namespace
 
 void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
              Address workspace, int threads, double* seconds) {
-  const std::shared_ptr<const ProgramPlan> plan = plan_call(ops, plans, n, h, w, threads);
+  const std::shared_ptr<const ProgramPlan> plan = plan_call(ops, plans, x, n, h, w, out, threads);
   if (plan == nullptr) return;
   if (workspace == 0 && plan->workspace() > 0) {
     throw std::invalid_argument("run: workspace = 0, expected the address of workspace_bytes() of memory");
   }
-  run_planned(ops, *plan, x, s, out, reinterpret_cast<float*>(workspace), seconds);
+  py::gil_scoped_release release;
+  run_strided(ops, *plan, at(x), s, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), seconds);
 }
 
 void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads) {
-  const std::shared_ptr<const ProgramPlan> plan = plan_call(p.ops, &p.plans, n, h, w, threads);
+  const std::shared_ptr<const ProgramPlan> plan = plan_call(p.ops, &p.plans, x, n, h, w, out, threads);
   if (plan == nullptr) return;
-  const std::size_t need = plan->workspace();
-  Arena large;  // more than kWorkspaceKept floats live for this call only
-  float* workspace = need > 0 ? (need > kWorkspaceKept ? large : workspace_arena).get(need) : nullptr;
-  run_planned(p.ops, *plan, x, s, out, workspace, nullptr);
+  py::gil_scoped_release release;
+  forward(p.ops, *plan, at(x), s, reinterpret_cast<float*>(out));
 }
-
-std::size_t workspace_kept() { return workspace_arena.floats; }
 
 }  // namespace mnv4

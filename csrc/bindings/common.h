@@ -4,21 +4,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "core/program.h"
+#include "core/call.h"
 
 namespace mnv4 {
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
-using Strides = std::array<std::ptrdiff_t, 4>;
 
 inline const float* at(Address a) { return reinterpret_cast<const float*>(a); }
 
@@ -27,27 +23,6 @@ void require_least(const char* where, const char* name, int value, int least);
 void require_size(const char* where, int n, int h, int w);
 /// True for "same", false for "symmetric".
 bool same_padding(const std::string& padding, const char* cls);
-
-// Scratch of the calling thread: grows, never shrinks, 4 KB aligned.
-struct Arena {
-  std::unique_ptr<float, void (*)(void*)> data{nullptr, std::free};
-  std::size_t floats = 0;
-  float* get(std::size_t need) {
-    if (need > floats) {
-      data.reset();
-      floats = 0;
-      const std::size_t page = need * sizeof(float) >= kHugePage / 2 ? kHugePage : 4096;
-      const std::size_t bytes = (need * sizeof(float) + page - 1) / page * page;
-      data.reset(static_cast<float*>(std::aligned_alloc(page, bytes)));
-      if (data == nullptr) throw std::bad_alloc();
-      if (page == kHugePage) advise_huge(data.get(), bytes);
-      floats = bytes / sizeof(float);
-    }
-    return data.get();
-  }
-};
-/// Of the calling thread.
-Arena& scratch_arena();
 
 struct Blob {
   char magic[8];
@@ -123,42 +98,17 @@ std::size_t scratch_bytes(const T& op, int h, int w, int threads) {
 StageParams stage_params(Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
                          Address bn_var, double eps, Address gamma, bool bare = false);
 
-// The plans of a list for the sizes it has met. Used under the GIL only.
-class Plans {
- public:
-  std::shared_ptr<const ProgramPlan> get(const std::vector<Op>& ops, int n, int h, int w, int threads) {
-    for (const auto& p : recent_) {
-      if (p->n == n && p->h == h && p->w == w && p->threads == threads) return p;
-    }
-    auto made = std::make_shared<const ProgramPlan>(plan_program(ops, n, h, w, threads));
-    if (recent_.size() < kKeptPlans) {
-      recent_.push_back(made);
-    } else {
-      recent_[oldest_++ % kKeptPlans] = made;
-    }
-    return made;
-  }
-
- private:
-  static constexpr std::size_t kKeptPlans = 16;
-  std::vector<std::shared_ptr<const ProgramPlan>> recent_;
-  std::size_t oldest_ = 0;
-};
-
 /// Runs a list in the caller's workspace.
 void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
              Address workspace, int threads, double* seconds = nullptr);
 
-// Program keeps the Python objects of its ops alive.
+// Program keeps the Python objects of its ops alive. Its plans are asked for under the GIL.
 struct PyProgram {
   std::vector<Op> ops;
   mutable Plans plans;
   py::list keep;
 };
-/// The same in memory of the calling thread, of which it keeps up to kWorkspaceKept floats.
+/// The same in memory of the calling thread, see forward.
 void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads);
-inline constexpr std::size_t kWorkspaceKept = 2 << 20;
-/// Floats that the calling thread keeps.
-std::size_t workspace_kept();
 
 }  // namespace mnv4
