@@ -178,9 +178,14 @@ def find(module: nn.Module, name: str) -> Plan | None:
     return side.plans.get(name) if side is not None and side.ref() is module else None
 
 
+def layout_of(part: Part) -> Layout:
+    """ValueError says what is wrong with the arguments of its op."""
+    return LAYOUTS[part.op](part.params, part.eps, *part.args, *([part.spec.channels[0]] * (part.op == "head")))
+
+
 def _pack_part(rec: Recorder, plan: Plan, part: Part, force: bool) -> Packed:
     try:
-        layout = LAYOUTS[part.op](part.params, part.eps, *part.args, *([part.spec.channels[0]] * (part.op == "head")))
+        layout = layout_of(part)
     except ValueError as error:
         raise Unsupported(str(error)) from None
     assert layout.device is not None

@@ -20,17 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnv4_ops import _native
+from mnv4_ops import _native, cache
 from mnv4_ops.adapters import TARGETS
-from mnv4_ops.adapters.record import Part, Recipe, Recorder, Unsupported
+from mnv4_ops.adapters.record import Names, Part, Recipe, Recorder, Unsupported, follow, grouped
 from mnv4_ops.ops import cpu
-from mnv4_ops.ops.layout import LAYOUTS, PER_STAGE, Layout
+from mnv4_ops.ops.layout import PER_STAGE, Layout
 from mnv4_ops.serve import describer
 from mnv4_ops.spec import ACTS, PADDINGS
 
 NAME = "libmnv4_ops_torch.so"
 FORMAT = "mnv4 1"
-Names = tuple[str, ...]
 
 _lock = threading.RLock()
 
@@ -96,10 +95,10 @@ def _number(name: str, value: Any) -> int:
     return PADDINGS.index(value) if name == "padding" else int(value)
 
 
-def _text(parts: Sequence[tuple[Part, Layout]]) -> str:
+def _text(parts: Sequence[Part], layouts: Sequence[Layout]) -> str:
     """The operations for csrc/torch/description.h; indices count the tensors that are present."""
     lines, tensors, numbers = [FORMAT], 0, 0
-    for part, layout in parts:
+    for part, layout in zip(parts, layouts, strict=True):
         where = []
         for t in part.params:
             where.append(-1 if t is None else tensors)
@@ -136,55 +135,39 @@ def _outline(module: nn.Module, describe: Callable[[Recorder], Part | Recipe], p
     recipe = Recipe([found]) if isinstance(found, Part) else found
     if rec.guard().check(module, False):
         raise Unsupported("a module is in training mode or has hooks or a forward of its own")
-    steps: list[tuple[_Group | Names | str, bool]] = []
-    pending: list[tuple[Part, Layout]] = []
+    channels: list[int] = []
 
-    def flush(emit: bool = False) -> None:
-        if pending:
-            tensors = [t for part, _ in pending for t in part.params if t is not None]
-            paths = tuple(path for path in rec.tensor_paths(tensors) if path is not None)
-            eps = tuple(e for part, _ in pending for e in part.eps)
-            steps.append((_Group(paths, eps, _text(pending)), emit))
-            pending.clear()
+    def group(parts: list[Part]) -> _Group:
+        layouts = [_layout(part) for part in parts]
+        channels.append(layouts[0].c_in)
+        tensors = [t for part in parts for t in part.params if t is not None]
+        paths = tuple(path for path in rec.tensor_paths(tensors) if path is not None)
+        return _Group(paths, tuple(e for part in parts for e in part.eps), _text(parts, layouts))
 
-    first = None
-    for index, step in enumerate(recipe.steps):
-        emit = index in recipe.emit
-        if isinstance(step, Part):
-            channels = step.spec.channels[0]
-            layout = LAYOUTS[step.op](step.params, step.eps, *step.args, *([channels] * (step.op == "head")))
-            if layout.device not in (None, torch.device("cpu")) or layout.dtype not in (None, torch.float32):
-                raise Unsupported(f"expected float32 parameters on the CPU, got {layout.dtype} on {layout.device}")
-            if layout.query_stride > 1:
-                raise Unsupported("whether pooled queries have a kernel depends on the size of the input")
-            cpu.build(layout)
-            first = first or layout.c_in
-            pending.append((step, layout))
-            if emit:
-                flush(True)
-        else:
-            flush()
-            steps.append((tuple(rec.path(step.node).split(".")) if step.node else step.name, emit))
-    flush()
-    if first is None:
+    steps = grouped(rec, recipe, group)
+    if not channels:
         raise Unsupported("no block has a kernel")
-    return _Outline(tuple(steps), pyramid, first)
+    return _Outline(steps, pyramid, channels[0])
 
 
-def _follow(module: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        module = getattr(module, name)
-    return module
+def _layout(part: Part) -> Layout:
+    layout = cache.layout_of(part)
+    if layout.device not in (None, torch.device("cpu")) or layout.dtype not in (None, torch.float32):
+        raise Unsupported(f"expected float32 parameters on the CPU, got {layout.dtype} on {layout.device}")
+    if layout.query_stride > 1:
+        raise Unsupported("whether pooled queries have a kernel depends on the size of the input")
+    cpu.build(layout)
+    return layout
 
 
 def _run(module: Any, outline: _Outline, x: Any) -> Any:
     features = []
     for step, emit in outline.steps:
         if isinstance(step, _Group):
-            params = [_follow(module, path) for path in step.paths]
+            params = [follow(module, path) for path in step.paths]
             x = torch.ops.mnv4.native_program(x, params, list(step.eps), step.program)
         else:
-            x = getattr(module, step)(x) if isinstance(step, str) else _follow(module, step)(x)
+            x = getattr(module, step)(x) if isinstance(step, str) else follow(module, step)(x)
         if emit:
             features.append(x)
     return features if outline.pyramid else x

@@ -7,6 +7,7 @@ parameters inside of the graph, has ops that take them.
 
 from __future__ import annotations
 
+import functools
 import types
 import uuid
 import weakref
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 
 from mnv4_ops import cache
 from mnv4_ops.adapters import Target
-from mnv4_ops.adapters.record import Part, Recipe, Recorder, Unsupported
+from mnv4_ops.adapters.record import Names, Part, Recipe, Recorder, Unsupported, follow, grouped
 from mnv4_ops.ops import cpu, cuda, flops
 from mnv4_ops.ops.backends import BY_DEVICE
-from mnv4_ops.ops.layout import DTYPES, LAYOUTS, Layout, empty_output
+from mnv4_ops.ops.layout import DTYPES, Layout, empty_output
 from mnv4_ops.ops.program import recipe_of
 
-Path = tuple[str, ...]
 # constants that a compiler guards by value when they are read
 _CONSTANTS = (bool, int, float, str, type(None))
 
@@ -33,7 +33,7 @@ class _Group(NamedTuple):
     """Parts in a row, as one call of `mnv4::program` or of the only part's own op."""
 
     op: str
-    paths: tuple[Path | None, ...]  # of the params
+    paths: tuple[Names | None, ...]  # of the params
     eps: tuple[float, ...]
     args: tuple[Any, ...]
 
@@ -42,11 +42,11 @@ class _Outline(NamedTuple):
     """Everything about a module but its tensors."""
 
     # a group, the path of a module, or the name of a method of the module itself; and whether the output is a feature
-    steps: tuple[tuple[_Group | Path | str, bool], ...]
-    evaluating: tuple[Path, ...]  # modules that have to be in eval mode
-    classes: tuple[tuple[Path, type], ...]  # of the modules that are described
-    lengths: tuple[tuple[Path, int], ...]  # of those that are sequences
-    constants: tuple[tuple[Path, str, Any], ...]
+    steps: tuple[tuple[_Group | Names | str, bool], ...]
+    evaluating: tuple[Names, ...]  # modules that have to be in eval mode
+    classes: tuple[tuple[Names, type], ...]  # of the modules that are described
+    lengths: tuple[tuple[Names, int], ...]  # of those that are sequences
+    constants: tuple[tuple[Names, str, Any], ...]
     c_in: int
     dtype: torch.dtype
     device: torch.device
@@ -125,33 +125,13 @@ def _compiled_by_itself(module: nn.Module) -> bool:
         return False
 
 
-def _grouped(rec: Recorder, recipe: Recipe) -> tuple[tuple[_Group | Path | str, bool], ...]:
-    steps: list[tuple[_Group | Path | str, bool]] = []
-    pending: list[Part] = []
-
-    def flush(emit: bool = False) -> None:
-        if not pending:
-            return
-        if len(pending) == 1:
-            part = pending[0]
-            steps.append((_Group(part.op, rec.tensor_paths(part.params), tuple(part.eps), part.args), emit))
-        else:
-            text = recipe_of([(part.op, part.params, part.args) for part in pending])
-            paths = rec.tensor_paths([t for part in pending for t in part.params if t is not None])
-            steps.append((_Group("program", paths, tuple(e for part in pending for e in part.eps), (text,)), emit))
-        pending.clear()
-
-    for index, step in enumerate(recipe.steps):
-        emit = index in recipe.emit
-        if isinstance(step, Part):
-            pending.append(step)
-            if emit:
-                flush(True)
-        else:
-            flush()
-            steps.append((tuple(rec.path(step.node).split(".")) if step.node else step.name, emit))
-    flush()
-    return tuple(steps)
+def _group(rec: Recorder, parts: list[Part]) -> _Group:
+    if len(parts) == 1:
+        part = parts[0]
+        return _Group(part.op, rec.tensor_paths(part.params), tuple(part.eps), part.args)
+    text = recipe_of([(part.op, part.params, part.args) for part in parts])
+    paths = rec.tensor_paths([t for part in parts for t in part.params if t is not None])
+    return _Group("program", paths, tuple(e for part in parts for e in part.eps), (text,))
 
 
 def _outline(
@@ -165,10 +145,7 @@ def _outline(
         found = describe(rec)
         recipe = Recipe([found]) if isinstance(found, Part) else found
         parts = [step for step in recipe.steps if isinstance(step, Part)]
-        layouts = [
-            LAYOUTS[part.op](part.params, part.eps, *part.args, *([part.spec.channels[0]] * (part.op == "head")))
-            for part in parts
-        ]
+        layouts = [cache.layout_of(part) for part in parts]
         if any(layout.query_stride > 1 for layout in layouts):
             return None  # whether it is served depends on the size
         kinds = {(layout.dtype, layout.device) for layout in layouts}
@@ -183,7 +160,7 @@ def _outline(
         code = rec.guard().check(module, torch.is_grad_enabled())
         if code in (4, 5):
             return None
-        steps, handle = _grouped(rec, recipe), ""
+        steps, handle = grouped(rec, recipe, functools.partial(_group, rec)), ""
         if run is not None and backend is cpu and len(steps) == 1 and not steps[0][1]:
             handle = _handle(module, run, flags, tuple(layouts)) if _compiled_by_itself(module) else ""
         for part, layout in zip(parts, layouts, strict=True):
@@ -196,17 +173,11 @@ def _outline(
     except (Unsupported, ValueError):
         return None
     classes = rec.classes()
-    lengths = tuple((path, len(_follow(module, path)._modules)) for path, cls in classes if cls is nn.Sequential)
+    lengths = tuple((path, len(follow(module, path)._modules)) for path, cls in classes if cls is nn.Sequential)
     return _Outline(
         steps, rec.eval_paths(), classes, lengths, rec.constants(_CONSTANTS), layouts[0].c_in, dtype, device, handle,
         id(module),
     )  # fmt: skip
-
-
-def _follow(module: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        module = getattr(module, name)
-    return module
 
 
 def forward(
@@ -235,25 +206,25 @@ def forward(
             return torch.ops.mnv4.module(x, found.handle)
         # what is read is guarded: a change compiles again
         for path in found.evaluating:
-            if _follow(self, path).training:
+            if follow(self, path).training:
                 return original(self, x, *flags)
         for path, cls in found.classes:
-            module = _follow(self, path)
+            module = follow(self, path)
             # reading `forward` guards that the instance gets none of its own
             if type(module) is not cls or module.forward is None:
                 return original(self, x, *flags)
         for path, length in found.lengths:
-            if len(_follow(self, path)._modules) != length:
+            if len(follow(self, path)._modules) != length:
                 return original(self, x, *flags)
         for path, name, value in found.constants:
-            if getattr(_follow(self, path), name) != value:
+            if getattr(follow(self, path), name) != value:
                 return original(self, x, *flags)
         if grad and x.requires_grad:
             return original(self, x, *flags)
         tensors = []
         for step, _ in found.steps:
             if isinstance(step, _Group):
-                params = [None if path is None else _follow(self, path) for path in step.paths]
+                params = [None if path is None else follow(self, path) for path in step.paths]
                 if grad:
                     for p in params:
                         if p is not None and p.requires_grad:
@@ -268,7 +239,7 @@ def forward(
             elif isinstance(step, str):
                 x = getattr(self, step)(x)
             else:
-                x = _follow(self, step)(x)
+                x = follow(self, step)(x)
             if emit:
                 features.append(x)
         return features if pyramid else x

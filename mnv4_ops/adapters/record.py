@@ -5,15 +5,18 @@ Everything goes through a `Recorder`, so that the guard checks exactly what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mnv4_ops import _native
 from mnv4_ops.spec import Spec
+
+Names = tuple[str, ...]  # of a module or tensor: attribute names from the root
+Group = TypeVar("Group")
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -183,3 +186,37 @@ class Recorder:
         aliases = [t.detach() for *_, t in tensors if t is not None and type(t) in _PLAIN]
         attributes = [(node, name, value) for (node, name), value in self._attributes.items()]
         return _native.core.Guard(self._entries, attributes, tensors, aliases)
+
+
+def grouped(
+    rec: Recorder, recipe: Recipe, group: Callable[[list[Part]], Group]
+) -> tuple[tuple[Group | Names | str, bool], ...]:
+    """The steps of a recipe, and whether the output of each is a feature.
+
+    Parts in a row are one `group`; anything else is the path of a module, or the name of a method of the root.
+    """
+    steps: list[tuple[Group | Names | str, bool]] = []
+    pending: list[Part] = []
+
+    def flush(emit: bool = False) -> None:
+        if pending:
+            steps.append((group(pending), emit))
+            pending.clear()
+
+    for index, step in enumerate(recipe.steps):
+        emit = index in recipe.emit
+        if isinstance(step, Part):
+            pending.append(step)
+            if emit:
+                flush(True)
+        else:
+            flush()
+            steps.append((tuple(rec.path(step.node).split(".")) if step.node else step.name, emit))
+    flush()
+    return tuple(steps)
+
+
+def follow(module: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        module = getattr(module, name)
+    return module
