@@ -172,6 +172,13 @@ WORKSPACE_LIMIT: int  # bytes that a thread keeps at most; more lives for one fo
 
 def workspace_kept() -> int: ...  # bytes that the calling thread keeps for forward()
 
+# the same in fp16 arithmetic, where the machine has it; `pack` takes float32, blobs are of float32 blocks
+class HalfBlock(Block): ...
+class HalfHead(Head): ...
+
+class HalfProgram(Program):
+    def __init__(self, ops: list[HalfBlock | HalfHead]) -> None: ...
+
 class Guard:
     """Notices when modules or their tensors are no longer what they were when it was made."""
 

@@ -30,6 +30,9 @@ CLOSE = 0.01
 COVERED = 0.995  # share of the instructions whose blocks are modelled
 MAIN_LOOP = 0.95  # of the FMA peak
 LIMITS = {"UIB": 0.90, "1x1": 0.95, "depthwise": 0.60, "MQA": 0.95}  # instructions, ours / XNNPACK's, by group
+HALF = 0.70  # modelled cycles of a Neoverse N1, fp16 / fp32, of whole models
+# FMLA (vector) and (by element) of fp32 and fp64, then of fp16: bits of the encoding that say so, and their values
+FMA = ((0xBFA0FC00, 0x0E20CC00), (0xBF80F400, 0x0F801000), (0xBFE0FC00, 0x0E400C00), (0xBFC0F400, 0x0F001000))
 PEAK = {"neoverse-n1": 2, "neoverse-v1": 4}  # FMA a cycle
 Blocks = Counter[tuple[str, ...]]  # words of a block -> how often it ran
 
@@ -75,21 +78,29 @@ def _names(parts: dict[str, Any]) -> list[str]:
     return [*parts["layers"], "whole model"] if parts["model"] else [*parts["layers"]]
 
 
-def emulate(build: Path, plugin: Path, sysroot: Path, parts: dict[str, Any]) -> list[Blocks]:
+def in_half(parts: dict[str, Any]) -> dict[str, Any]:
+    """The layers that there are in fp16 arithmetic: all but attention."""
+    return parts | {"layers": {k: v for k, v in parts["layers"].items() if not v["line"].startswith("mqa")}}
+
+
+def emulate(
+    build: Path, plugin: Path, sysroot: Path, parts: dict[str, Any], dtype: str = "float32"
+) -> dict[str, Blocks]:
     """Blocks of each layer, then of the whole model."""
 
     def run(text: list[str], *arguments: str) -> list[Blocks]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "blocks.txt"
             command = ["qemu-aarch64", "-cpu", "neoverse-n1", "-L", str(sysroot)]
-            command += ["-plugin", f"{plugin},out={out}", str(build / "layers"), *arguments]
+            command += ["-plugin", f"{plugin},out={out}", str(build / "layers"), dtype, *arguments]
             subprocess.run(command, input="\n".join(text) + "\n", text=True, check=True)
             return regions(out)
 
+    lines = [layer["line"] for layer in parts["layers"].values()]
     with ThreadPoolExecutor(2) as pool:
-        layers = pool.submit(run, [layer["line"] for layer in parts["layers"].values()])
+        layers = pool.submit(lambda: run(lines) if lines else [])
         model = pool.submit(lambda: run(parts["model"], "model") if parts["model"] else [])
-        return [*layers.result(), *model.result()[-1:]]
+        return dict(zip(_names(parts), [*layers.result(), *model.result()[-1:]], strict=True))
 
 
 def kinds(blocks: Blocks) -> dict[str, int]:
@@ -99,7 +110,7 @@ def kinds(blocks: Blocks) -> dict[str, int]:
         for word in words:
             i = int(word, 16)
             count["instructions"] += times
-            if (i & 0xBFA0FC00) == 0x0E20CC00 or (i & 0xBF80F400) == 0x0F801000:
+            if any(i & mask == bits for mask, bits in FMA):
                 count["fma"] += times
             elif ((i >> 25) & 5) == 4 and (i >> 26) & 1:  # a load or store of vector registers
                 if (i >> 27) & 7 == 5:
@@ -199,14 +210,22 @@ def gate(build: Path, plugin: Path, sysroot: Path) -> int:
     wrong = []
     recorded = json.loads((RESULTS / "arm.json").read_text())["models"]
     for model, parts in json.loads((HERE / "layers.json").read_text()).items():
-        for name, blocks in zip(_names(parts), emulate(build, plugin, sysroot, parts), strict=True):
-            now, then = kinds(blocks)["instructions"], recorded[model][name]["ours"]["instructions"]
+        for name, blocks in emulate(build, plugin, sysroot, parts).items():
+            row = recorded[model][name]
+            now, then = kinds(blocks)["instructions"], row["ours"]["instructions"]
             if abs(now / then - 1) > CLOSE:
                 wrong.append(f"{model} {name}: {now} instructions, recorded {then} ({now / then - 1:+.1%})")
-            row = recorded[model][name]
             if "XNNPACK" in row and now > LIMITS.get(row["group"], 9.0) * (theirs := row["XNNPACK"]["instructions"]):
                 limit = LIMITS[row["group"]]
                 wrong.append(f"{model} {name}: {now / theirs:.2f} of XNNPACK's instructions, at most {limit:.2f}")
+        for name, blocks in emulate(build, plugin, sysroot, in_half(parts), "float16").items():
+            row = recorded[model][name]
+            now, then = kinds(blocks)["instructions"], row["float16"]["instructions"]
+            if abs(now / then - 1) > CLOSE:
+                wrong.append(f"{model} {name} in fp16: {now} instructions, recorded {then} ({now / then - 1:+.1%})")
+            share = row["float16"]["cycles"]["neoverse-n1"] / row["ours"]["cycles"]["neoverse-n1"]
+            if row["group"] == "model" and share > HALF:
+                wrong.append(f"{model} {name}: {share:.2f} of the cycles of fp32 recorded, at most {HALF:.2f}")
     print(*wrong or ["instructions of all layers are as recorded"], sep="\n")
     return int(bool(wrong))
 
@@ -217,12 +236,16 @@ def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
     models: dict[str, Any] = {}
     for model, parts in json.loads((HERE / "layers.json").read_text()).items():
         names = _names(parts)
-        mine = emulate(build, plugin, sysroot, parts)
+        half = emulate(build, plugin, sysroot, in_half(parts), "float16")
         rows = {}
         theirs = regions(file) if peer and (file := peer / f"{model}.txt").exists() else []
-        counted = [kinds(b) | {"cycles": c} for b, c in zip(mine + theirs, cycles(mine + theirs), strict=True)]
+        all_blocks = [*emulate(build, plugin, sysroot, parts).values(), *theirs, *half.values()]
+        counted = [kinds(b) | {"cycles": c} for b, c in zip(all_blocks, cycles(all_blocks), strict=True)]
+        of_half = dict(zip(half, counted[len(counted) - len(half) :], strict=True))
         for i, name in enumerate(names):
             rows[name] = {"group": parts["layers"].get(name, {}).get("group", "model"), "ours": counted[i]}
+            if name in of_half:
+                rows[name]["float16"] = of_half[name]
             old = before.get(model, {}).get(name, {}).get("XNNPACK")
             if theirs or old:
                 rows[name]["XNNPACK"] = counted[len(names) + i] if theirs else old
@@ -231,6 +254,7 @@ def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
         "kind": "emulated, counted, modelled: not timed on hardware",
         "compiler": "clang 19.1.7", "emulator": "qemu 7.2, neoverse-n1", "model": "llvm-mca 19",
         "peer": "XNNPACK of ai-edge-litert 2.1.6, cpuinfo of a Neoverse N1", "threads": 1, "dtype": "float32",
+        "float16": "the same layers of ours in fp16 arithmetic",
     }  # fmt: skip
     path.write_text(json.dumps({**what, "models": models}, indent=1) + "\n")
     (RESULTS / "arm.md").write_text(_table(what, models))
@@ -270,7 +294,23 @@ def _table(what: dict[str, Any], models: dict[str, Any]) -> str:
             else:
                 cells += ["-"] * 6
             text.append("| " + " | ".join(cells) + " |")
+        if any("float16" in row for row in rows.values()):
+            text += ["", f"### {model} in fp16 arithmetic", "", "Against our fp32: ratios below 1 mean fewer.", ""]
+            columns = (
+                "layer | kind | instructions (k) | of them FMA | / fp32: instructions | bytes | n1 | v1 | v2 | a55"
+            )
+            text += [f"| {columns} |", "|---" * 10 + "|"]
+            text += [_half_line(name, row) for name, row in rows.items() if "float16" in row]
     return "\n".join(text) + "\n"
+
+
+def _half_line(name: str, row: dict[str, Any]) -> str:
+    h, o = row["float16"], row["ours"]
+    cells = [name, row["group"], f"{h['instructions'] / 1e3:.0f}", f"{h['fma'] / h['instructions']:.0%}"]
+    cells += [f"{h['instructions'] / o['instructions']:.2f}"]
+    cells += [f"{(h['loaded'] + h['stored']) / (o['loaded'] + o['stored']):.2f}"]
+    cells += [f"{h['cycles'][c] / o['cycles'][c]:.2f}" for c in CPUS]
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

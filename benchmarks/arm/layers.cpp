@@ -3,8 +3,8 @@
 //   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
 //   mqa C HEADS KEY_DIM VALUE_DIM KV_KERNEL KV_STRIDE RESIDUAL H W
 //   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
-// With the argument "model" all of them run as one program as well, the last region. One image, channels_last, one
-// thread.
+// With the argument "model" all of them run as one program as well, the last region; with "float16" in fp16
+// arithmetic, which has no mqa. One image, channels_last, one thread.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -32,40 +32,55 @@ inline void mark_end() {
 #endif
 }
 
-std::vector<float> numbers(std::size_t n) {
-  std::vector<float> v(n);
+template <class T>
+std::vector<T> numbers(std::size_t n) {
+  std::vector<T> v(n);
   std::uint32_t state = 1;
-  for (float& x : v) {
+  for (T& x : v) {
     state = state * 1664525u + 1013904223u;
-    x = static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-33f;
+    x = static_cast<T>(static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-33f);
   }
   return v;
 }
 
-void run_once(const std::vector<Op>& ops, int c, int h, int w) {
+const KernelTable& kernels_of(float) { return active_kernels(); }
+#if defined(MNV4_OPS_HALF)
+const BasicKernels<Half>& kernels_of(Half) { return *half_kernels(); }
+#endif
+
+template <class T>
+void run_once(const BasicOps<T>& ops, int c, int h, int w) {
   const ProgramPlan plan = plan_program(ops, 1, h, w, 1);
   const Shape s = output_shape(ops, 1, h, w);
-  const std::vector<float> x = numbers(static_cast<std::size_t>(c) * h * w);
-  std::vector<float> out(static_cast<std::size_t>(s.c) * (s.h > 0 ? s.h * s.w : 1));
+  const std::vector<T> x = numbers<T>(static_cast<std::size_t>(c) * h * w);
+  std::vector<T> out(static_cast<std::size_t>(s.c) * (s.h > 0 ? s.h * s.w : 1));
   // buffers at fixed offsets within a page: the count must not depend on where memory happens to lie
   const Buffer workspace = make_buffer(plan.workspace() + 16), arena = make_buffer(plan.scratch + 16);
-  const Tensor in = strided_tensor(const_cast<float*>(x.data()), static_cast<std::ptrdiff_t>(c) * h * w, 1,
-                                   static_cast<std::ptrdiff_t>(w) * c, c);
-  const KernelTable& kernels = active_kernels();
-  run(ops, plan, kernels, in, out.data(), workspace.get(), arena.get());
+  T* const between = reinterpret_cast<T*>(workspace.get());
+  T* const scratch = reinterpret_cast<T*>(arena.get());
+  const BasicTensor<T> in = strided_tensor(const_cast<T*>(x.data()), static_cast<std::ptrdiff_t>(c) * h * w, 1,
+                                           static_cast<std::ptrdiff_t>(w) * c, c);
+  const Kernels<T>& kernels = kernels_of(T());
+  run(ops, plan, kernels, in, out.data(), between, scratch);
   mark_begin();
-  run(ops, plan, kernels, in, out.data(), workspace.get(), arena.get());
+  run(ops, plan, kernels, in, out.data(), between, scratch);
   mark_end();
 }
 
-}  // namespace
+// For sums of so many products with numbers(), which have a variance of 1 / 48: the layers of a model then neither grow
+// nor overflow 16 bits, which would be another way. A product without BatchNorm is another one too; only the classifier
+// has none.
+std::vector<float> variance_of(int terms) { return std::vector<float>(1 << 13, static_cast<float>(terms) / 48.0f); }
 
-int main(int argc, char** argv) {
-  std::vector<std::unique_ptr<Block>> blocks;
+template <class T>
+int run_lines(bool model) {
+  std::vector<std::unique_ptr<BasicBlock<T>>> blocks;
   std::vector<std::unique_ptr<Mqa>> attentions;
-  std::vector<std::unique_ptr<Head>> heads;
-  std::vector<Op> all;
+  std::vector<std::unique_ptr<BasicHead<T>>> heads;
+  BasicOps<T> all;
   int first_c = 0, first_h = 0, first_w = 0;
+  const std::vector<float> ones(1 << 13, 1.0f);
+  std::vector<float> variance;
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream in(line);
     std::string kind;
@@ -80,23 +95,29 @@ int main(int argc, char** argv) {
       for (int i = 0; i < 4; ++i) d.act[i] = static_cast<Act>(act[i]);
       if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
       c = d.c_in;
-      blocks.push_back(std::make_unique<Block>(d));
+      blocks.push_back(std::make_unique<BasicBlock<T>>(d));
       const int widest = std::max({d.c_in, d.c_mid, d.c_out}), taps = d.expand_kernel * d.expand_kernel;
-      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * std::max(widest * taps, 25));
+      const std::vector<float> weight = numbers<float>(static_cast<std::size_t>(widest) * std::max(widest * taps, 25));
       for (int s = 0; s < kStages; ++s) {
         StageParams p;
         p.weight = p.bias = weight.data();
+        if (sizeof(T) == 2) {
+          const int kernel = s == 0 ? d.start_kernel : d.mid_kernel;
+          const bool depthwise = s == 0 || s == 2;
+          variance = variance_of(depthwise ? kernel * kernel : s == 1 ? d.c_in * taps : d.c_mid);
+          p.bn_mean = weight.data(), p.bn_var = variance.data();
+        }
         blocks.back()->pack(static_cast<Stage>(s), p);
       }
       all.emplace_back(blocks.back().get());
     } else if (kind == "mqa") {
       MqaDesc d;
       in >> d.c >> d.heads >> d.key_dim >> d.value_dim >> d.kv_kernel >> d.kv_stride >> d.residual >> h >> w;
-      if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
+      if (!in || sizeof(T) == 2 || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
       c = d.c;
       attentions.push_back(std::make_unique<Mqa>(d));
       const int widest = std::max({d.c, d.heads * d.key_dim, d.heads * d.value_dim, d.kv_kernel * d.kv_kernel});
-      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * widest), ones(d.c, 1.0f);
+      const std::vector<float> weight = numbers<float>(static_cast<std::size_t>(widest) * widest);
       for (int s = 0; s < kMqaStages; ++s) {
         if (!attentions.back()->has(static_cast<MqaStage>(s))) continue;
         StageParams p;
@@ -112,19 +133,38 @@ int main(int argc, char** argv) {
       d.feat_act = static_cast<Act>(feat), d.hidden_act = static_cast<Act>(hidden);
       if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
       c = d.c_in;
-      heads.push_back(std::make_unique<Head>(d));
+      heads.push_back(std::make_unique<BasicHead<T>>(d));
       const int widest = std::max({d.c_in, d.c_feat, d.c_hidden, d.classes});
-      const std::vector<float> weight = numbers(static_cast<std::size_t>(widest) * widest);
+      const std::vector<float> weight = numbers<float>(static_cast<std::size_t>(widest) * widest);
       for (int s = 0; s < 3; ++s) {
         StageParams p;
         p.weight = p.bias = weight.data();
+        if (sizeof(T) == 2 && s < 2) {
+          variance = variance_of(s == 0 || d.c_feat == 0 ? d.c_in : d.c_feat);
+          p.bn_mean = weight.data(), p.bn_var = variance.data();
+        }
         heads.back()->pack(s, p);
       }
       all.emplace_back(heads.back().get());
     }
     if (all.size() == 1) first_c = c, first_h = h, first_w = w;
-    run_once({all.back()}, c, h, w);
+    run_once<T>({all.back()}, c, h, w);
   }
-  if (argc > 1 && std::strcmp(argv[1], "model") == 0) run_once(all, first_c, first_h, first_w);
+  if (model) run_once<T>(all, first_c, first_h, first_w);
   return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool model = false, half = false;
+  for (int i = 1; i < argc; ++i) {
+    model = model || std::strcmp(argv[i], "model") == 0;
+    half = half || std::strcmp(argv[i], "float16") == 0;
+  }
+  if (!half) return run_lines<float>(model);
+#if defined(MNV4_OPS_HALF)
+  if (half_kernels() != nullptr) return run_lines<Half>(model);
+#endif
+  return std::fprintf(stderr, "no fp16 arithmetic here\n"), 2;
 }

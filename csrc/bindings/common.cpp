@@ -64,9 +64,10 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
 namespace {
 
 /// Checks a call; null where there is nothing to do.
-std::shared_ptr<const ProgramPlan> plan_call(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w,
-                                             Address out, int threads) {
-  for (const Op& op : ops) {
+template <class T>
+std::shared_ptr<const ProgramPlan> plan_call(const BasicOps<T>& ops, BasicPlans<T>* plans, Address x, int n, int h,
+                                             int w, Address out, int threads) {
+  for (const BasicOp<T>& op : ops) {
     const bool packed = std::visit([](auto* p) { return p->packed(); }, op);
     if (!packed) throw std::runtime_error("run: a stage has no packed parameters, call pack() for each stage first");
   }
@@ -75,28 +76,41 @@ std::shared_ptr<const ProgramPlan> plan_call(const std::vector<Op>& ops, Plans* 
   require_valid("run", refuses(ops, h, w));
   if (n == 0) return nullptr;
   if (x == 0 || out == 0) throw std::invalid_argument("run: x or out is 0, expected addresses");
-  Plans none;
+  BasicPlans<T> none;
   return (plans != nullptr ? *plans : none).get(ops, n, h, w, threads);
 }
 
 }  // namespace
 
-void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
-             Address workspace, int threads, double* seconds) {
+template <class T>
+void run_ops(const BasicOps<T>& ops, BasicPlans<T>* plans, Address x, int n, int h, int w, const Strides& s,
+             Address out, Address workspace, int threads, double* seconds) {
   const std::shared_ptr<const ProgramPlan> plan = plan_call(ops, plans, x, n, h, w, out, threads);
   if (plan == nullptr) return;
   if (workspace == 0 && plan->workspace() > 0) {
     throw std::invalid_argument("run: workspace = 0, expected the address of workspace_bytes() of memory");
   }
   py::gil_scoped_release release;
-  run_strided(ops, *plan, at(x), s, reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), seconds);
+  run_strided(ops, *plan, reinterpret_cast<const T*>(x), s, reinterpret_cast<T*>(out), reinterpret_cast<T*>(workspace),
+              seconds);
 }
 
-void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads) {
+template <class T>
+void run_program(const BasicPyProgram<T>& p, Address x, int n, int h, int w, const Strides& s, Address out,
+                 int threads) {
   const std::shared_ptr<const ProgramPlan> plan = plan_call(p.ops, &p.plans, x, n, h, w, out, threads);
   if (plan == nullptr) return;
   py::gil_scoped_release release;
-  forward(p.ops, *plan, at(x), s, reinterpret_cast<float*>(out));
+  forward(p.ops, *plan, reinterpret_cast<const T*>(x), s, reinterpret_cast<T*>(out));
 }
+
+template void run_ops(const BasicOps<float>&, BasicPlans<float>*, Address, int, int, int, const Strides&, Address,
+                      Address, int, double*);
+template void run_program(const BasicPyProgram<float>&, Address, int, int, int, const Strides&, Address, int);
+#if defined(MNV4_OPS_HALF)
+template void run_ops(const BasicOps<Half>&, BasicPlans<Half>*, Address, int, int, int, const Strides&, Address,
+                      Address, int, double*);
+template void run_program(const BasicPyProgram<Half>&, Address, int, int, int, const Strides&, Address, int);
+#endif
 
 }  // namespace mnv4

@@ -87,28 +87,33 @@ void import_blob(T& op, std::uint32_t kind, const py::bytes& bytes) {
   op.adopt(copy.data());
 }
 
-template <class T>
-std::size_t scratch_bytes(const T& op, int h, int w, int threads) {
+template <class T, class B>
+std::size_t scratch_bytes(const B& op, int h, int w, int threads) {
   require_size("scratch_bytes", 0, h, w);
   require_least("scratch_bytes", "threads", threads, 1);
-  return op.scratch_floats(h, w, threads) * sizeof(float);
+  return op.scratch_floats(h, w, threads) * sizeof(T);
 }
 
 /// Checked: addresses go together as StageParams says; `bare`: a norm without a weight.
 StageParams stage_params(Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
                          Address bn_var, double eps, Address gamma, bool bare = false);
 
-/// Runs a list in the caller's workspace.
-void run_ops(const std::vector<Op>& ops, Plans* plans, Address x, int n, int h, int w, const Strides& s, Address out,
-             Address workspace, int threads, double* seconds = nullptr);
+/// Runs a list in the caller's workspace. Checked; strides in elements.
+template <class T>
+void run_ops(const BasicOps<T>& ops, BasicPlans<T>* plans, Address x, int n, int h, int w, const Strides& s,
+             Address out, Address workspace, int threads, double* seconds = nullptr);
 
 // Program keeps the Python objects of its ops alive. Its plans are asked for under the GIL.
-struct PyProgram {
-  std::vector<Op> ops;
-  mutable Plans plans;
+template <class T>
+struct BasicPyProgram {
+  BasicOps<T> ops;
+  mutable BasicPlans<T> plans;
   py::list keep;
 };
+using PyProgram = BasicPyProgram<float>;
 /// The same in memory of the calling thread, see forward.
-void run_program(const PyProgram& p, Address x, int n, int h, int w, const Strides& s, Address out, int threads);
+template <class T>
+void run_program(const BasicPyProgram<T>& p, Address x, int n, int h, int w, const Strides& s, Address out,
+                 int threads);
 
 }  // namespace mnv4

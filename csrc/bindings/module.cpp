@@ -1,6 +1,7 @@
 // mnv4_ops._core: blocks, heads and programs over raw addresses. Checks everything before any memory is touched.
 #include <algorithm>
 #include <chrono>
+#include <type_traits>
 
 #include "bindings/common.h"
 #include "bindings/guard.h"
@@ -45,6 +46,9 @@ py::dict build_dict() {
 #if defined(MNV4_OPS_HAVE_NEON)
   tiers.append("neon");
 #endif
+#if defined(MNV4_OPS_HALF)
+  tiers.append("neon_fp16");
+#endif
   py::dict d;
   d["version"] = MNV4_OPS_VERSION, d["compiler"] = __VERSION__, d["tiers"] = tiers;
   return d;
@@ -88,21 +92,12 @@ double fma_peak(int threads, double seconds) {
   return sum;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_core, m) {
-  pool_buffers();
-  m.doc() = "native kernels of mnv4_ops";
-  m.def("cpu_info", &cpu_dict);
-  m.def("build_info", &build_dict);
-  m.def("set_tier", &set_tier, py::arg("name"));
-  m.def("openmp_runtime", [] {
-    const char* path = openmp_runtime_path();
-    return path == nullptr ? py::object(py::none()) : py::object(py::str(path));
-  });
-  m.def("fma_peak", &fma_peak, py::arg("threads") = 1, py::arg("seconds") = 0.2);
-
-  py::class_<Block>(m, "Block")
+// Blocks, heads and programs over elements T; blobs are of float32.
+template <class T>
+void bind_block(py::module_& m, const char* name) {
+  using B = BasicBlock<T>;
+  py::class_<B> bound(m, name);
+  bound
       .def(py::init([](int c_in, int c_mid, int c_out, int start_kernel, int start_stride, const std::string& start_act,
                        bool expand, int expand_kernel, int expand_stride, const std::string& expand_act, int mid_kernel,
                        int mid_stride, const std::string& mid_act, bool project, const std::string& project_act,
@@ -119,7 +114,7 @@ PYBIND11_MODULE(_core, m) {
              d.act[2] = act_of(mid_act, "Block: mid_act");
              d.act[3] = act_of(project_act, "Block: project_act");
              require_valid("Block", check(d));
-             return std::make_unique<Block>(d);
+             return std::make_unique<B>(d);
            }),
            py::kw_only(), py::arg("c_in"), py::arg("c_mid"), py::arg("c_out"), py::arg("start_kernel") = 0,
            py::arg("start_stride") = 1, py::arg("start_act") = "none", py::arg("expand") = false,
@@ -129,7 +124,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("padding") = "symmetric")
       .def(
           "pack",
-          [](Block& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
+          [](B& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
              Address bn_var, double eps, Address gamma) {
             const StageParams p = stage_params(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, eps, gamma);
             if (stage < 0 || stage >= kStages || !b.has(static_cast<Stage>(stage))) {
@@ -143,7 +138,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
       .def(
           "output_shape",
-          [](const Block& b, int n, int h, int w) {
+          [](const B& b, int n, int h, int w) {
             require_size("output_shape", n, h, w);
             const Geometry g = geometry(b.desc(), h, w);
             return py::make_tuple(n, b.desc().c_out, g.h2, g.w2);
@@ -151,30 +146,37 @@ PYBIND11_MODULE(_core, m) {
           py::arg("n"), py::arg("h"), py::arg("w"))
       .def(
           "run",
-          [](const Block& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
+          [](const B& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
+            run_ops<T>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
           },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("threads"))
-      .def("scratch_bytes", &scratch_bytes<Block>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def_property_readonly("packed_bytes", [](const Block& b) { return b.blob_floats() * sizeof(float); })
-      .def("export_blob", [](const Block& b) { return export_blob(b, 1); })
-      .def("import_blob", [](Block& b, const py::bytes& blob) { import_blob(b, 1, blob); }, py::arg("blob"));
+      .def("scratch_bytes", &scratch_bytes<T, B>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def_property_readonly("packed_bytes", [](const B& b) { return b.blob_floats() * sizeof(float); });
+  if constexpr (std::is_same_v<T, float>) {
+    bound.def("export_blob", [](const B& b) { return export_blob(b, 1); })
+        .def("import_blob", [](B& b, const py::bytes& blob) { import_blob(b, 1, blob); }, py::arg("blob"));
+  }
+}
 
-  py::class_<Head>(m, "Head")
+template <class T>
+void bind_head(py::module_& m, const char* name) {
+  using B = BasicHead<T>;
+  py::class_<B> bound(m, name);
+  bound
       .def(py::init([](int c_in, int c_feat, const std::string& feat_act, int c_hidden, const std::string& hidden_act,
                        int classes) {
              HeadDesc d;
              d.c_in = c_in, d.c_feat = c_feat, d.c_hidden = c_hidden, d.classes = classes;
              d.feat_act = act_of(feat_act, "Head: feat_act"), d.hidden_act = act_of(hidden_act, "Head: hidden_act");
              require_valid("Head", check(d));
-             return std::make_unique<Head>(d);
+             return std::make_unique<B>(d);
            }),
            py::kw_only(), py::arg("c_in"), py::arg("c_feat") = 0, py::arg("feat_act") = "none", py::arg("c_hidden") = 0,
            py::arg("hidden_act") = "none", py::arg("classes") = 0)
       .def(
           "pack",
-          [](Head& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
+          [](B& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
              Address bn_var, double eps, Address gamma) {
             const StageParams p = stage_params(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, eps, gamma);
             py::gil_scoped_release release;
@@ -184,85 +186,116 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("stage"), py::arg("weight"), py::arg("bias") = 0, py::arg("bn_weight") = 0, py::arg("bn_bias") = 0,
           py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
-      .def("output_features", &Head::features)
+      .def("output_features", &B::features)
       .def(
           "run",
-          [](const Head& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
+          [](const B& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
+            run_ops<T>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
           },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("threads"))
-      .def("scratch_bytes", &scratch_bytes<Head>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def_property_readonly("packed_bytes", [](const Head& b) { return b.blob_floats() * sizeof(float); })
-      .def("export_blob", [](const Head& b) { return export_blob(b, 2); })
-      .def("import_blob", [](Head& b, const py::bytes& blob) { import_blob(b, 2, blob); }, py::arg("blob"));
+      .def("scratch_bytes", &scratch_bytes<T, B>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def_property_readonly("packed_bytes", [](const B& b) { return b.blob_floats() * sizeof(float); });
+  if constexpr (std::is_same_v<T, float>) {
+    bound.def("export_blob", [](const B& b) { return export_blob(b, 2); })
+        .def("import_blob", [](B& b, const py::bytes& blob) { import_blob(b, 2, blob); }, py::arg("blob"));
+  }
+}
 
-  bind_mqa(m);
-
-  py::class_<PyProgram>(m, "Program")
+template <class T>
+void bind_program(py::module_& m, const char* name) {
+  using P = BasicPyProgram<T>;
+  py::class_<P>(m, name)
       .def(py::init([](const py::list& ops) {
-             auto p = std::make_unique<PyProgram>();
+             auto p = std::make_unique<P>();
              for (const py::handle& op : ops) {
-               if (py::isinstance<Block>(op)) {
-                 p->ops.emplace_back(op.cast<const Block*>());
-               } else if (py::isinstance<Head>(op)) {
-                 p->ops.emplace_back(op.cast<const Head*>());
-               } else if (py::isinstance<Mqa>(op)) {
+               if (py::isinstance<BasicBlock<T>>(op)) {
+                 p->ops.emplace_back(op.cast<const BasicBlock<T>*>());
+               } else if (py::isinstance<BasicHead<T>>(op)) {
+                 p->ops.emplace_back(op.cast<const BasicHead<T>*>());
+               } else if (std::is_same_v<T, float> && py::isinstance<Mqa>(op)) {
                  p->ops.emplace_back(op.cast<const Mqa*>());
                } else {
                  throw std::invalid_argument("Program: ops holds a " + std::string(py::str(py::type::of(op))) +
                                              ", expected Block, MobileMQA or Head");
                }
              }
-             require_valid("Program", check(p->ops));
+             require_valid("Program", check<T>(p->ops));
              p->keep = py::list(ops);
              return p;
            }),
            py::arg("ops"))
       .def(
           "output_shape",
-          [](const PyProgram& p, int n, int h, int w) -> py::tuple {
+          [](const P& p, int n, int h, int w) -> py::tuple {
             require_size("output_shape", n, h, w);
-            require_valid("output_shape", refuses(p.ops, h, w));
-            const Shape s = output_shape(p.ops, n, h, w);
+            require_valid("output_shape", refuses<T>(p.ops, h, w));
+            const Shape s = output_shape<T>(p.ops, n, h, w);
             if (s.h == 0) return py::make_tuple(s.n, s.c);
             return py::make_tuple(s.n, s.c, s.h, s.w);
           },
           py::arg("n"), py::arg("h"), py::arg("w"))
       .def(
           "workspace_bytes",
-          [](const PyProgram& p, int n, int h, int w, int threads) {
+          [](const P& p, int n, int h, int w, int threads) {
             require_size("workspace_bytes", n, h, w);
             require_least("workspace_bytes", "threads", threads, 1);
-            return p.plans.get(p.ops, n, h, w, threads)->workspace() * sizeof(float);
+            return p.plans.get(p.ops, n, h, w, threads)->workspace() * sizeof(T);
           },
           py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def(
           "scratch_bytes",
-          [](const PyProgram& p, int h, int w, int threads) {
+          [](const P& p, int h, int w, int threads) {
             require_size("scratch_bytes", 0, h, w);
             require_least("scratch_bytes", "threads", threads, 1);
-            return plan_program(p.ops, 1, h, w, threads).scratch * sizeof(float);
+            return plan_program<T>(p.ops, 1, h, w, threads).scratch * sizeof(T);
           },
           py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def(
           "run",
-          [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
-             int threads) { run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads); },
+          [](const P& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
+             int threads) { run_ops<T>(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads); },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("workspace"), py::arg("threads"))
-      .def("forward", &run_program, py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"),
+      .def("forward", &run_program<T>, py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"),
            py::arg("out"), py::arg("threads"))
       .def(
           "profile",
-          [](const PyProgram& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
+          [](const P& p, Address x, int n, int h, int w, const Strides& strides, Address out, Address workspace,
              int threads) {
             std::vector<double> seconds(p.ops.size(), 0.0);
-            run_ops(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads, seconds.data());
+            run_ops<T>(p.ops, &p.plans, x, n, h, w, strides, out, workspace, threads, seconds.data());
             return seconds;
           },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("workspace"), py::arg("threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  pool_buffers();
+  m.doc() = "native kernels of mnv4_ops";
+  m.def("cpu_info", &cpu_dict);
+  m.def("build_info", &build_dict);
+  m.def("set_tier", &set_tier, py::arg("name"));
+  m.def("openmp_runtime", [] {
+    const char* path = openmp_runtime_path();
+    return path == nullptr ? py::object(py::none()) : py::object(py::str(path));
+  });
+  m.def("fma_peak", &fma_peak, py::arg("threads") = 1, py::arg("seconds") = 0.2);
+
+  bind_block<float>(m, "Block");
+  bind_head<float>(m, "Head");
+  bind_mqa(m);
+  bind_program<float>(m, "Program");
+#if defined(MNV4_OPS_HALF)
+  if (half_kernels() != nullptr) {
+    bind_block<Half>(m, "HalfBlock");
+    bind_head<Half>(m, "HalfHead");
+    bind_program<Half>(m, "HalfProgram");
+  }
+#endif
   m.def("workspace_kept", [] { return workspace_kept() * sizeof(float); });
   m.attr("WORKSPACE_LIMIT") = kWorkspaceKept * sizeof(float);
 

@@ -75,7 +75,7 @@ void bind_mqa(py::module_& m) {
           "output_shape",
           [](const Mqa& b, int n, int h, int w) {
             require_size("output_shape", n, h, w);
-            require_valid("output_shape", refuses({&b}, h, w));
+            require_valid("output_shape", refuses<float>({&b}, h, w));
             const MqaGeometry g = geometry(b.desc(), h, w);
             return py::make_tuple(n, b.desc().c, g.ho, g.wo);
           },
@@ -83,11 +83,11 @@ void bind_mqa(py::module_& m) {
       .def(
           "run",
           [](const Mqa& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
+            run_ops<float>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
           },
           py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
           py::arg("threads"))
-      .def("scratch_bytes", &scratch_bytes<Mqa>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def("scratch_bytes", &scratch_bytes<float, Mqa>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
       .def_property_readonly("packed_bytes", [](const Mqa& b) { return b.blob_floats() * sizeof(float); })
       .def("export_blob", [](const Mqa& b) { return export_blob(b, 3); })
       .def("import_blob", [](Mqa& b, const py::bytes& blob) { import_blob(b, 3, blob); }, py::arg("blob"));

@@ -14,13 +14,14 @@ constexpr int kOwnPixels = 64;  // expanded pixels of a thread from which on it 
 
 }  // namespace
 
-Block::Block(const BlockDesc& d) : d_(d) {
+template <class T>
+BasicBlock<T>::BasicBlock(const BlockDesc& d) : d_(d) {
   const int taps = d.expand_kernel * d.expand_kernel;
-  auto place = [&](Stage s, int units, std::size_t floats_of_unit) {
+  auto place = [&](Stage s, int units, std::size_t weights_of_unit) {
     const int i = static_cast<int>(s);
     weight_[i] = total_;
-    bias_[i] = total_ + units * floats_of_unit;
-    total_ = bias_[i] + static_cast<std::size_t>(units) * kUnit;
+    bias_[i] = total_ + units * weights_of_unit * sizeof(T) / sizeof(float);
+    total_ = bias_[i] + static_cast<std::size_t>(units) * kEpilogue<T>;
   };
   if (has(Stage::start))
     place(Stage::start, units_of(d.c_in), static_cast<std::size_t>(d.start_kernel) * d.start_kernel * kUnit);
@@ -28,13 +29,14 @@ Block::Block(const BlockDesc& d) : d_(d) {
   if (has(Stage::mid))
     place(Stage::mid, units_of(d.c_mid), static_cast<std::size_t>(d.mid_kernel) * d.mid_kernel * kUnit);
   if (has(Stage::project)) place(Stage::project, units_of(d.c_out), static_cast<std::size_t>(d.c_mid) * kUnit);
-  if (winograd_serves(d)) {
+  if (std::is_same_v<T, float> && winograd_serves(d)) {
     winograd_ = total_;
     total_ += static_cast<std::size_t>(units_of(d.c_mid)) * winograd_unit(d);
   }
 }
 
-bool Block::has(Stage s) const {
+template <class T>
+bool BasicBlock<T>::has(Stage s) const {
   switch (s) {
     case Stage::start: return d_.start_kernel > 0;
     case Stage::expand: return d_.expand;
@@ -44,12 +46,13 @@ bool Block::has(Stage s) const {
   return false;
 }
 
-bool Block::pack(Stage s, const StageParams& p) {
+template <class T>
+bool BasicBlock<T>::pack(Stage s, const StageParams& p) {
   if (!has(s)) return false;
   if (data_ == nullptr) data_ = make_buffer(total_);
   if (data_ == nullptr) return false;
   const int i = static_cast<int>(s);
-  float* w = data_.get() + weight_[i];
+  T* w = reinterpret_cast<T*>(data_.get() + weight_[i]);
   float* b = data_.get() + bias_[i];
   switch (s) {
     case Stage::start: pack_depthwise(p, d_.c_in, d_.start_kernel, w, b); break;
@@ -60,18 +63,20 @@ bool Block::pack(Stage s, const StageParams& p) {
     case Stage::mid: pack_depthwise(p, d_.c_mid, d_.mid_kernel, w, b); break;
     case Stage::project: pack_gemm(p, d_.c_out, d_.c_mid, 1, w, b); break;
   }
-  done_[i] = true;
+  done_[i] = true, fine_[i] = p.bn_mean == nullptr;
   return true;
 }
 
-void Block::adopt(const float* blob) {
+template <class T>
+void BasicBlock<T>::adopt(const float* blob) {
   if (data_ == nullptr) data_ = make_buffer(total_);
   if (data_ == nullptr) return;
   std::memcpy(data_.get(), blob, total_ * sizeof(float));
   for (int i = 0; i < kStages; ++i) done_[i] = has(static_cast<Stage>(i));
 }
 
-Upcoming Block::upcoming() const {
+template <class T>
+BasicUpcoming<T> BasicBlock<T>::upcoming() const {
   if (d_.expand)
     return {weight(Stage::expand), static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit,
             units_of(d_.c_mid)};
@@ -79,14 +84,16 @@ Upcoming Block::upcoming() const {
   return {};
 }
 
-bool Block::packed() const {
+template <class T>
+bool BasicBlock<T>::packed() const {
   for (int i = 0; i < kStages; ++i) {
     if (has(static_cast<Stage>(i)) && !done_[i]) return false;
   }
   return true;
 }
 
-void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
+template <class T>
+void gemm_split(const BasicKernels<T>& k, const BasicTeam<T>& t, BasicGemmArgs<T> g) {
   const int pixels = g.rows * g.cols;
   if (t.n == 1) {
     if (pixels > 0 && g.units > 0) k.gemm(g);
@@ -104,10 +111,10 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
   t.share(groups * parts, 1, [&](int i, int, int next) {
     const int lo = i / parts * size, hi = std::min(g.units, lo + size);
     const Range p = split(pixels, parts, i % parts);
-    GemmArgs part = g;
+    BasicGemmArgs<T> part = g;
     if (hi < g.units) part.n_last = kUnit;
     part.b += lo * g.b_unit;
-    if (g.bias != nullptr) part.bias += lo * kUnit;
+    if (g.bias != nullptr) part.bias += lo * kEpilogue<T>;
     part.c += lo * g.c_unit;
     if (g.res != nullptr) part.res += lo * g.r_unit;
     part.units = hi - lo;
@@ -120,14 +127,17 @@ void gemm_split(const KernelTable& k, const Team& t, GemmArgs g) {
 namespace {
 
 // Asks for lines that another thread has written: all at once, since each may be a long way off.
-void fetch(const float* p, std::ptrdiff_t floats) {
-  for (std::ptrdiff_t i = 0; i < floats; i += kUnit) __builtin_prefetch(p + i, 0, 2);
+template <class T>
+void fetch(const T* p, std::ptrdiff_t elements) {
+  for (std::ptrdiff_t i = 0; i < elements; i += 64 / static_cast<std::ptrdiff_t>(sizeof(T)))
+    __builtin_prefetch(p + i, 0, 2);
 }
 
 }  // namespace
 
-void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g,
-                     int y0, int y1) const {
+template <class T>
+void BasicBlock<T>::run_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView<T>& x,
+                             const BasicView<T>& out, int n_last, const Geometry& g, int y0, int y1) const {
   const Plan p = plan(g, y1 - y0, t.n);
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid), uo = units_of(d_.c_out);
   const bool is_dense = d_.expand_kernel > 1, mid = has(Stage::mid), start = has(Stage::start);
@@ -141,9 +151,9 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
   const OwnPixels own = t.own_pixels ? OwnPixels(d_, g, p, t.n) : OwnPixels();
   const Range own_rows = t.own_pixels && mid ? own.expanded_rows(t.tid) : Range{0, 0};
   const std::ptrdiff_t plane2 = t.own_pixels ? own.expanded_unit : pitch2 * p.ring_rows;
-  float* front = t.shared;
-  float* expanded = front + (t.own_pixels ? own.front : static_cast<std::ptrdiff_t>(p.front));
-  float* middle = expanded + (t.own_pixels ? own.expanded : static_cast<std::ptrdiff_t>(p.expanded));
+  T* front = t.shared;
+  T* expanded = front + (t.own_pixels ? own.front : static_cast<std::ptrdiff_t>(p.front));
+  T* middle = expanded + (t.own_pixels ? own.expanded : static_cast<std::ptrdiff_t>(p.expanded));
   if (t.own_pixels) {
     front -= static_cast<std::ptrdiff_t>(t.pixels(0, g.h1 * g.w1).lo) * kUnit;
     middle -= static_cast<std::ptrdiff_t>(t.pixels(0, g.h2 * g.w2).lo) * kUnit;
@@ -168,16 +178,16 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           const int channels = std::min(kUnit, d_.c_in - i * kUnit);
           const bool in_place = k.depthwise_in_place && x.chan == 1 && channels == kUnit;
           n = in_place ? std::min(end, d_.c_in / kUnit) - i : 1;
-          DepthwiseArgs a;
+          BasicDepthwiseArgs<T> a;
           if (in_place) {
             a.src = x.p + i * x.unit - g.left1 * x.pix, a.src_pix = x.pix, a.width = g.w, a.left = g.left1;
           } else {
             load_rows(k, x, i, channels, g, lo, hi, t.local);
             a.src = t.local;
           }
-          a.kernel = k1, a.stride = s1, a.act = d_.act[0];
+          a.kernel = k1, a.stride = s1, a.act = d_.act[0], a.fine = fine_[0];
           a.weight = weight(Stage::start) + static_cast<std::ptrdiff_t>(i) * k1 * k1 * kUnit;
-          a.bias = bias(Stage::start) + i * kUnit;
+          a.bias = bias(Stage::start) + i * kEpilogue<T>;
           const bool straight = in_place && alone && out.chan == 1;  // to where it belongs
           if (straight) {
             a.dst = out.p + i * out.unit + o0 * out.row, a.dst_pix = out.pix, a.dst_row = out.row;
@@ -209,7 +219,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     }
 
     // the product that reads the front or the input
-    GemmArgs in;
+    BasicGemmArgs<T> in;
     if (start) {
       in.a = front, in.a_pix = kUnit, in.a_row = static_cast<std::ptrdiff_t>(g.w1) * kUnit;
       in.a_blk = front_plane;
@@ -223,7 +233,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     }
     in.cols = g.w1;
 
-    GemmArgs to;  // where the last product goes
+    BasicGemmArgs<T> to;  // where the last product goes
     to.c = out.p + o0 * out.row, to.c_pix = out.pix, to.c_row = out.row, to.c_unit = out.unit;
     if (d_.residual) to.res = x.p + o0 * x.row, to.r_pix = x.pix, to.r_row = x.row, to.r_unit = x.unit;
 
@@ -232,12 +242,12 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
     for (int c0 = 0; d_.expand && c0 < ue; c0 += p.chunk) {
       const int c1 = std::min(ue, c0 + p.chunk);
       const std::ptrdiff_t b_unit = static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit;
-      GemmArgs a = in;
+      BasicGemmArgs<T> a = in;
       a.b = weight(Stage::expand) + c0 * b_unit, a.b_unit = b_unit;
-      a.bias = bias(Stage::expand) + c0 * kUnit;
-      a.act = d_.act[1], a.units = c1 - c0, a.rows = rows;
-      const Upcoming down{weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit,
-                          static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, uo};
+      a.bias = bias(Stage::expand) + c0 * kEpilogue<T>;
+      a.act = d_.act[1], a.fine = fine_[1], a.units = c1 - c0, a.rows = rows;
+      const BasicUpcoming<T> down{weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit,
+                                  static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, uo};
       (d_.project ? down : t.after).announce(a, t.own_pixels ? 0 : t.tid, t.n);
       if (!mid) {
         if (d_.project) {
@@ -257,7 +267,7 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         }
       } else {
         // a thread expands its own units and runs the mid depthwise on them: no barrier in between
-        float* base = expanded + (p.ring ? static_cast<std::ptrdiff_t>(c0) * plane2 : 0);
+        T* base = expanded + (p.ring ? static_cast<std::ptrdiff_t>(c0) * plane2 : 0);
         auto slot = [&](int e) { return t.own_pixels ? e - own_rows.lo : (p.ring ? e : e - e0) % p.ring_rows; };
         const Range before = t.pixels(n0 * g.w1, n1 * g.w1), after = t.pixels(o0 * g.w2, o1 * g.w2);
         const int task = std::max(2, std::min(kTask, (c1 - c0) / (4 * t.n) * 2));
@@ -265,19 +275,19 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
           const Range border = t.own_pixels ? own_rows : Range{n0, n1};
           for (int i = first; i < end; ++i) {
             for (int e = border.lo; e < border.hi; ++e) {
-              float* row = base + i * plane2 + slot(e) * pitch2;
-              std::memset(row, 0, sizeof(float) * g.left2 * kUnit);
-              std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(float) * g.right2 * kUnit);
+              T* row = base + i * plane2 + slot(e) * pitch2;
+              std::memset(row, 0, sizeof(T) * g.left2 * kUnit);
+              std::memset(row + (g.left2 + g.w1) * kUnit, 0, sizeof(T) * g.right2 * kUnit);
             }
           }
           // rows of the ring are consecutive but for the wrap
           for (int e = n0; e < n1;) {
             const int n = t.own_pixels ? n1 - e : std::min(n1 - e, p.ring_rows - slot(e));
-            GemmArgs s = a;
+            BasicGemmArgs<T> s = a;
             s.a += (e - n0) * s.a_row;
             s.rows = n, s.units = end - first;
             if (next >= 0) s.then = s.b + next * b_unit, s.then_unit = b_unit;
-            s.b += first * b_unit, s.bias += first * kUnit;
+            s.b += first * b_unit, s.bias += first * kEpilogue<T>;
             s.c = base + first * plane2 + slot(e) * pitch2 + g.left2 * kUnit;
             s.c_pix = kUnit, s.c_row = pitch2, s.c_unit = plane2;
             s.p_begin = std::max(0, before.lo - e * g.w1), s.p_end = std::min(n * g.w1, before.hi - e * g.w1);
@@ -288,10 +298,10 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
             t.meet();
             own.copy_halo(t.tid, end - first, [&](int other) { return base + (other - t.tid) * t.apart; });
           }
-          DepthwiseArgs m;
-          m.src = base + first * plane2, m.kernel = k2, m.stride = s2, m.act = d_.act[2];
+          BasicDepthwiseArgs<T> m;
+          m.src = base + first * plane2, m.kernel = k2, m.stride = s2, m.act = d_.act[2], m.fine = fine_[2];
           m.weight = weight(Stage::mid) + static_cast<std::ptrdiff_t>(c0 + first) * k2 * k2 * kUnit;
-          m.bias = bias(Stage::mid) + (c0 + first) * kUnit;
+          m.bias = bias(Stage::mid) + (c0 + first) * kEpilogue<T>;
           m.dst = middle + first * middle_plane;
           const auto ring_row = [&](int e) { return e < 0 || e >= g.h1 ? -1 : slot(e) * pitch2; };
           depthwise_pixels(k, m, g.top2, g.w2, o0 * g.w2, after.lo, after.hi, ring_row, end - first, plane2,
@@ -305,28 +315,28 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
         fetch(middle, own.lo * middle_plane);
         fetch(middle + own.hi * middle_plane, (c1 - c0 - own.hi) * middle_plane);
       }
-      GemmArgs b = to;
+      BasicGemmArgs<T> b = to;
       b.a = middle, b.a_pix = kUnit, b.a_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit, b.a_blk = middle_plane;
       b.k_blocks = c1 - c0, b.k_len = kUnit, b.k_last = std::min(kUnit, d_.c_mid - (c1 - 1) * kUnit);
       b.b = weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit;
       b.b_unit = static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit;
       b.bias = bias(Stage::project);
       b.units = uo, b.n_last = n_last, b.rows = o1 - o0, b.cols = g.w2;
-      b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3];
+      b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3], b.fine = fine_[3];
       const int c2 = c1 < ue ? c1 : 0;  // the next chunk, or the first one of the next band
-      const Upcoming up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
+      const BasicUpcoming<T> up{weight(Stage::expand) + c2 * b_unit, b_unit, std::min(ue, c2 + p.chunk) - c2};
       (c1 < ue || o1 < y1 ? up : t.after).announce(b, t.own_pixels ? 0 : t.tid, t.n);
       gemm_split(k, t, b);
       t.sync();
       if (t.own_pixels && mid && c1 < ue) t.meet();  // others may still read the expanded rows of this chunk
     }
     if (!d_.expand && d_.project) {
-      GemmArgs b = in;
+      BasicGemmArgs<T> b = in;
       b.c = to.c, b.c_pix = to.c_pix, b.c_row = to.c_row, b.c_unit = to.c_unit;
       b.res = to.res, b.r_pix = to.r_pix, b.r_row = to.r_row, b.r_unit = to.r_unit;
       b.b = weight(Stage::project), b.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit,
       b.bias = bias(Stage::project);
-      b.units = uo, b.n_last = n_last, b.rows = rows, b.act = d_.act[3];
+      b.units = uo, b.n_last = n_last, b.rows = rows, b.act = d_.act[3], b.fine = fine_[3];
       gemm_split(k, t, b);
       t.sync();
     }
@@ -337,7 +347,8 @@ void Block::run_rows(const KernelTable& k, const Team& t, const View& x, const V
 // to core, and a block needs one barrier inside. With few pixels each thread would read all weights for a short
 // product: then units are dealt out. Large images whose expanded rows do not fit are cut into rows; a few of them are
 // computed twice.
-Block::Share Block::share_of(const Geometry& g, int threads) const {
+template <class T>
+typename BasicBlock<T>::Share BasicBlock<T>::share_of(const Geometry& g, int threads) const {
   const bool mid = has(Stage::mid), rows = g.h2 >= (mid ? 12 : 2) * threads;
   if (d_.expand_kernel > 1) return rows ? Share::rows : Share::tickets;
   const long long pixels = static_cast<long long>(g.h1) * g.w1;
@@ -349,30 +360,35 @@ Block::Share Block::share_of(const Geometry& g, int threads) const {
 }
 
 // Channels of the last unit to write. A residual from a tensor with consecutive channels has no padding to read.
-int Block::last_channels(const View& x, bool padded) const {
+template <class T>
+int BasicBlock<T>::last_channels(const BasicView<T>& x, bool padded) const {
   const bool whole = padded && !(d_.residual && x.unit == kUnit);
   return whole || d_.c_out % kUnit == 0 ? kUnit : d_.c_out % kUnit;
 }
 
-void Block::run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1,
-                      float* scratch) const {
+template <class T>
+void BasicBlock<T>::run_alone(const BasicKernels<T>& k, const BasicView<T>& x, const BasicView<T>& out, bool padded,
+                              int h, int w, int y0, int y1, T* scratch) const {
   const Geometry g = geometry(d_, h, w);
   const Plan p = plan(g, y1 - y0, 1);
-  Team t;
+  BasicTeam<T> t;
   t.shared = scratch, t.local = scratch + p.shared();
   run_rows(k, t, x, out, last_channels(x, padded), g, y0, y1);
 }
 
-std::size_t Block::rows_floats(int h, int w, int rows) const {
+template <class T>
+std::size_t BasicBlock<T>::rows_floats(int h, int w, int rows) const {
   const Plan p = plan(geometry(d_, h, w), rows, 1);
   return round_line(p.shared() + p.local);
 }
 
-bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {
+template <class T>
+bool BasicBlock<T>::run(const BasicRegion<T>& r, const BasicTensor<T>& x, const BasicTensor<T>& out, bool padded, int n,
+                        int h, int w) const {
   const Geometry g = geometry(d_, h, w);
   const int n_last = last_channels(x.image, padded);
-  auto member = [&](const Plan& p, int tid, int team, float* base) {
-    Team t;
+  auto member = [&](const Plan& p, int tid, int team, T* base) {
+    BasicTeam<T> t;
     t.tid = tid, t.n = team, t.barrier = r.barrier;
     t.shared = base;
     t.after = r.after;
@@ -398,7 +414,7 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   }
   const Plan team = plan(g, g.h2, r.n);
   if (whole > 0) r.barrier->wait(r.tid, r.n);  // the shared scratch overlaps that of single threads
-  Team t = member(team, r.tid, r.n, r.arena);
+  BasicTeam<T> t = member(team, r.tid, r.n, r.arena);
   if (share == Share::pixels) {
     t.own_pixels = true, t.shared = r.scratch(r.tid), t.apart = static_cast<std::ptrdiff_t>(r.scratch_floats);
     t.local = t.shared + OwnPixels(d_, g, team, r.n).floats();
@@ -413,7 +429,8 @@ bool Block::run(const Region& r, const Tensor& x, const Tensor& out, bool padded
   return true;
 }
 
-std::size_t Block::scratch_floats(int h, int w, int threads) const {
+template <class T>
+std::size_t BasicBlock<T>::scratch_floats(int h, int w, int threads) const {
   const Geometry g = geometry(d_, h, w);
   auto need = [&](int rows, int team) {
     const Plan p = plan(g, rows, team);
@@ -432,5 +449,12 @@ std::size_t Block::scratch_floats(int h, int w, int threads) const {
   }
   return most;
 }
+
+template class BasicBlock<float>;
+template void gemm_split(const BasicKernels<float>&, const BasicTeam<float>&, BasicGemmArgs<float>);
+#if defined(MNV4_OPS_HALF)
+template class BasicBlock<Half>;
+template void gemm_split(const BasicKernels<Half>&, const BasicTeam<Half>&, BasicGemmArgs<Half>);
+#endif
 
 }  // namespace mnv4

@@ -55,26 +55,30 @@ struct Plan {
 inline constexpr int kTask = 4;  // units that a thread of a team takes at a time, where there are enough of them
 
 /// The matrix that a later operation reads first, fetched towards the end of the one before it.
-struct Upcoming {
-  const float* weight = nullptr;
-  std::ptrdiff_t unit = 0;  // floats between units
+template <class T>
+struct BasicUpcoming {
+  const T* weight = nullptr;
+  std::ptrdiff_t unit = 0;  // elements between units
   int units = 0;
   /// Lets thread tid of a team of n fetch what it takes first.
-  void announce(GemmArgs& g, int tid, int n) const {
+  void announce(BasicGemmArgs<T>& g, int tid, int n) const {
     if (weight != nullptr) g.then = weight + split(units, n, tid).lo / 2 * 2 * unit, g.then_unit = unit;
   }
 };
 
+using Upcoming = BasicUpcoming<float>;
+
 /// The threads that work on one image together, and their scratch.
-struct Team {
+template <class T>
+struct BasicTeam {
   int tid = 0, n = 1;
   Barrier* barrier = nullptr;
-  float* shared = nullptr;
-  float* local = nullptr;
+  T* shared = nullptr;
+  T* local = nullptr;
   Draw* draw = nullptr;      // of a team of several
   bool own_pixels = false;   // each thread keeps to its own pixels of every stage, for all channels
-  std::ptrdiff_t apart = 0;  // then: floats from the scratch of a thread to that of the next
-  Upcoming after;            // of the next block
+  std::ptrdiff_t apart = 0;  // then: elements from the scratch of a thread to that of the next
+  BasicUpcoming<T> after;    // of the next block
   /// Calls f(lo, hi, next) on parts of [0, count): all of it alone, otherwise parts of `size`, since a thread may be
   /// slowed down by others on its core. `next` is where the part starts that comes after this one, -1 if none does.
   template <class F>
@@ -102,6 +106,8 @@ struct Team {
     return {lo + r.lo, lo + r.hi};
   }
 };
+
+using Team = BasicTeam<float>;
 
 /// Addresses of the parameters of one stage: contiguous float32, null where absent.
 struct StageParams {
@@ -137,21 +143,32 @@ void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, float* wei
 /// The same for depthwise weights [channels, 1, kernel, kernel]: [unit][kernel * kernel][16] and [unit][16].
 void pack_depthwise(const StageParams& p, int channels, int kernel, float* weight, float* bias);
 
-/// What the threads of a parallel region share while they walk a list of operations.
-struct Region {
-  const KernelTable* kernels = nullptr;
-  Barrier* barrier = nullptr;
-  float* arena = nullptr;          // scratch_floats of each thread, one after the other
-  std::size_t scratch_floats = 0;  // of one thread
-  int tid = 0, n = 1;
-  Upcoming after;
-  Draw* draw = nullptr;  // images and parts of images
-  float* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
-};
+#if defined(MNV4_OPS_HALF)
+/// The same in 16 bits, where nothing is folded: the factors come after the sums. A factor of an unusual size gives
+/// powers of two to the weights. `epilogue` is [unit][kEpilogue<Half>].
+void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, Half* weight, float* epilogue);
+void pack_depthwise(const StageParams& p, int channels, int kernel, Half* weight, float* epilogue);
+#endif
 
-class Block {
+/// What the threads of a parallel region share while they walk a list of operations.
+template <class T>
+struct BasicRegion {
+  const Kernels<T>* kernels = nullptr;
+  Barrier* barrier = nullptr;
+  T* arena = nullptr;              // scratch_floats of each thread, one after the other
+  std::size_t scratch_floats = 0;  // of one thread, in elements
+  int tid = 0, n = 1;
+  BasicUpcoming<T> after;
+  Draw* draw = nullptr;  // images and parts of images
+  T* scratch(int t) const { return arena + static_cast<std::size_t>(t) * scratch_floats; }
+};
+using Region = BasicRegion<float>;
+
+/// A block of activations and weights of type T. Sizes in floats are in elements.
+template <class T>
+class BasicBlock {
  public:
-  explicit Block(const BlockDesc& d);
+  explicit BasicBlock(const BlockDesc& d);
 
   const BlockDesc& desc() const { return d_; }
   bool has(Stage s) const;
@@ -159,21 +176,23 @@ class Block {
   bool pack(Stage s, const StageParams& p);
   bool packed() const;
   /// Weights of the first product.
-  Upcoming upcoming() const;
+  BasicUpcoming<T> upcoming() const;
 
   /// Runs a batch inside a parallel region. `padded`: out holds all 16 channels of its last unit. True if all threads
   /// have finished on return, false if they still need a barrier.
-  bool run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const;
+  bool run(const BasicRegion<T>& r, const BasicTensor<T>& x, const BasicTensor<T>& out, bool padded, int n, int h,
+           int w) const;
   /// Scratch of one thread in floats.
   std::size_t scratch_floats(int h, int w, int threads) const;
   /// Output rows [y0, y1) of one image by one thread; x and out are addressed by absolute rows. `scratch` holds
   /// rows_floats().
-  void run_alone(const KernelTable& k, const View& x, const View& out, bool padded, int h, int w, int y0, int y1,
-                 float* scratch) const;
+  void run_alone(const BasicKernels<T>& k, const BasicView<T>& x, const BasicView<T>& out, bool padded, int h, int w,
+                 int y0, int y1, T* scratch) const;
   std::size_t rows_floats(int h, int w, int rows) const;
   /// True when the input is copied row by row, so that any channel stride will do.
   bool any_channel_stride() const { return has(Stage::start) || (d_.expand_kernel > 1 && d_.c_in <= kUnit); }
 
+  /// Floats of all packed parameters, whatever the elements are.
   std::size_t blob_floats() const { return total_; }
   const float* blob() const { return data_.get(); }
   /// Takes a copy of packed parameters of the same description.
@@ -181,37 +200,41 @@ class Block {
 
  private:
   Plan plan(const Geometry& g, int rows, int team) const;
-  int last_channels(const View& x, bool padded) const;
+  int last_channels(const BasicView<T>& x, bool padded) const;
   /// How the threads share one image.
   enum class Share { rows, pixels, tickets };
   Share share_of(const Geometry& g, int threads) const;
-  void run_rows(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last, const Geometry& g,
-                int y0, int y1) const;
-  const float* weight(Stage s) const { return data_.get() + weight_[static_cast<int>(s)]; }
+  void run_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView<T>& x, const BasicView<T>& out,
+                int n_last, const Geometry& g, int y0, int y1) const;
+  const T* weight(Stage s) const { return reinterpret_cast<const T*>(data_.get() + weight_[static_cast<int>(s)]); }
   const float* bias(Stage s) const { return data_.get() + bias_[static_cast<int>(s)]; }
 
   BlockDesc d_;
   std::size_t weight_[kStages] = {}, bias_[kStages] = {}, total_ = 0;
-  std::size_t winograd_ = 0;  // weights of the dense expand once more, transformed; 0: it has none
-  bool done_[kStages] = {};
+  std::size_t winograd_ = 0;                      // weights of the dense expand once more, transformed; 0: it has none
+  bool done_[kStages] = {}, fine_[kStages] = {};  // fine: no BatchNorm, whose rounding in torch the sums could share
   Buffer data_;
 };
+
+using Block = BasicBlock<float>;
 
 inline constexpr int kPatches = 12;  // border pixels of a dense convolution handled together
 
 /// Images of few channels are copied between zero borders, some rows at a time: memory is read in order, and no window
 /// is cut off.
 inline bool copies_rows(const BlockDesc& d) { return d.expand_kernel > 1 && d.c_in <= 4; }
-/// Floats of the copy for up to `rows` output rows.
+/// Elements of the copy for up to `rows` output rows.
 std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows);
 
 /// Dense k x k convolution over output rows [y0, y1); `to` says where row y0 goes. Pixels whose window lies inside of
 /// the image read the input in place, the others a copied patch. `winograd`: weights of the units of `to` for
 /// winograd_rows, null where it does not serve.
-void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                int y1, const GemmArgs& to, const float* winograd);
+template <class T>
+void dense_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView<T>& v, const BlockDesc& d,
+                const Geometry& g, int y0, int y1, const BasicGemmArgs<T>& to, const float* winograd);
 
 /// Runs a product with its units and pixels dealt out over a team.
-void gemm_split(const KernelTable& k, const Team& t, GemmArgs g);
+template <class T>
+void gemm_split(const BasicKernels<T>& k, const BasicTeam<T>& t, BasicGemmArgs<T> g);
 
 }  // namespace mnv4

@@ -1,5 +1,7 @@
 #include "core/call.h"
 
+#include <stdexcept>
+
 #include "core/parallel.h"
 
 namespace mnv4 {
@@ -8,6 +10,25 @@ namespace {
 thread_local Arena input_arena, workspace_arena;
 constexpr std::size_t kInputKept = 1 << 20;  // floats
 
+const KernelTable& kernels_of(const float*) { return active_kernels(); }
+#if defined(MNV4_OPS_HALF)
+const BasicKernels<Half>& kernels_of(const Half*) {
+  const BasicKernels<Half>* k = half_kernels();
+  if (k == nullptr) throw std::runtime_error("run: this machine has no fp16 arithmetic");
+  return *k;
+}
+#endif
+
+// Arenas hold floats.
+template <class T>
+constexpr std::size_t floats(std::size_t elements) {
+  return (elements * sizeof(T) + sizeof(float) - 1) / sizeof(float);
+}
+template <class T>
+T* elements(Arena& arena, std::size_t n) {
+  return reinterpret_cast<T*>(arena.get(floats<T>(n)));
+}
+
 }  // namespace
 
 Arena& scratch_arena() {
@@ -15,32 +36,34 @@ Arena& scratch_arena() {
   return arena;
 }
 
-void run_strided(const std::vector<Op>& ops, const ProgramPlan& plan, const float* x, const Strides& s, float* out,
-                 float* workspace, double* seconds) {
+template <class T>
+void run_strided(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, const Strides& s, T* out, T* workspace,
+                 double* seconds) {
   const int n = plan.n, h = plan.h, w = plan.w, threads = plan.threads;
-  float* arena = scratch_arena().get(plan.scratch * threads);
-  Tensor in = strided_tensor(const_cast<float*>(x), s[0], s[1], s[2], s[3]);
-  const Block* const* first = std::get_if<const Block*>(&ops[0]);
-  const int c = input_channels(ops[0]);
+  const Kernels<T>& kernels = kernels_of(x);
+  T* arena = elements<T>(scratch_arena(), plan.scratch * threads);
+  BasicTensor<T> in = strided_tensor(const_cast<T*>(x), s[0], s[1], s[2], s[3]);
+  const BasicBlock<T>* const* first = std::get_if<const BasicBlock<T>*>(&ops[0]);
+  const int c = input_channels<T>(ops[0]);
   const bool any = first != nullptr && (*first)->any_channel_stride() && !(*first)->desc().residual;
   Arena large;  // a copy of more than kInputKept floats lives for this call only
   if (!any && s[1] != 1 && c > 1) {
     // one pass to channels_last for a block whose first product reads whole pixels
     const std::size_t need = static_cast<std::size_t>(n) * c * h * w;
     struct Job {
-      const float* src;
-      float* dst;
+      const T* src;
+      T* dst;
       Strides s;
       int n, c, h, w;
-    } job{x, (need > kInputKept ? large : input_arena).get(need), s, n, c, h, w};
+    } job{x, elements<T>(floats<T>(need) > kInputKept ? large : input_arena, need), s, n, c, h, w};
     parallel_run(
         threads,
         [](void* p, int tid, int parts) {
           const Job& j = *static_cast<Job*>(p);
           const Range rows = split(j.n * j.h, parts, tid);
           for (int r = rows.lo; r < rows.hi; ++r) {
-            const float* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
-            float* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
+            const T* src = j.src + (r / j.h) * j.s[0] + (r % j.h) * j.s[2];
+            T* dst = j.dst + static_cast<std::ptrdiff_t>(r) * j.w * j.c;
             for (int ch = 0; ch < j.c; ++ch) {
               for (int i = 0; i < j.w; ++i)
                 dst[static_cast<std::ptrdiff_t>(i) * j.c + ch] = src[ch * j.s[1] + i * j.s[3]];
@@ -52,15 +75,25 @@ void run_strided(const std::vector<Op>& ops, const ProgramPlan& plan, const floa
     in = strided_tensor(job.dst, row * h, 1, row, c);
   }
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, plan, active_kernels(), in, out, workspace, arena, seconds);
+  run(ops, plan, kernels, in, out, workspace, arena, seconds);
 }
 
-void forward(const std::vector<Op>& ops, const ProgramPlan& plan, const float* x, const Strides& s, float* out) {
+template <class T>
+void forward(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, const Strides& s, T* out) {
   const std::size_t need = plan.workspace();
   Arena large;  // more than kWorkspaceKept floats live for this call only
-  float* workspace = need > 0 ? (need > kWorkspaceKept ? large : workspace_arena).get(need) : nullptr;
+  T* workspace = need > 0 ? elements<T>(floats<T>(need) > kWorkspaceKept ? large : workspace_arena, need) : nullptr;
   run_strided(ops, plan, x, s, out, workspace);
 }
+
+template void run_strided(const BasicOps<float>&, const ProgramPlan&, const float*, const Strides&, float*, float*,
+                          double*);
+template void forward(const BasicOps<float>&, const ProgramPlan&, const float*, const Strides&, float*);
+#if defined(MNV4_OPS_HALF)
+template void run_strided(const BasicOps<Half>&, const ProgramPlan&, const Half*, const Strides&, Half*, Half*,
+                          double*);
+template void forward(const BasicOps<Half>&, const ProgramPlan&, const Half*, const Strides&, Half*);
+#endif
 
 std::size_t workspace_kept() { return workspace_arena.floats; }
 

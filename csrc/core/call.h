@@ -35,9 +35,10 @@ struct Arena {
 Arena& scratch_arena();
 
 // The plans of a list for the sizes it has met. The caller sees to it that one thread at a time asks.
-class Plans {
+template <class T>
+class BasicPlans {
  public:
-  std::shared_ptr<const ProgramPlan> get(const std::vector<Op>& ops, int n, int h, int w, int threads) {
+  std::shared_ptr<const ProgramPlan> get(const BasicOps<T>& ops, int n, int h, int w, int threads) {
     for (const auto& p : recent_) {
       if (p->n == n && p->h == h && p->w == w && p->threads == threads) return p;
     }
@@ -56,13 +57,17 @@ class Plans {
   std::size_t oldest_ = 0;
 };
 
+using Plans = BasicPlans<float>;
+
 /// Runs a packed list as planned on x [n, c, h, w] with strides in elements (N, C, H, W), n > 0; `out` and `workspace`
-/// as in run. std::bad_alloc without memory for scratch.
-void run_strided(const std::vector<Op>& ops, const ProgramPlan& plan, const float* x, const Strides& s, float* out,
-                 float* workspace, double* seconds = nullptr);
+/// as in run. std::bad_alloc without memory for scratch, std::runtime_error where the machine has no kernels for T.
+template <class T>
+void run_strided(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, const Strides& s, T* out, T* workspace,
+                 double* seconds = nullptr);
 
 /// The same in a workspace of the calling thread, which keeps up to kWorkspaceKept floats for the next call.
-void forward(const std::vector<Op>& ops, const ProgramPlan& plan, const float* x, const Strides& s, float* out);
+template <class T>
+void forward(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, const Strides& s, T* out);
 inline constexpr std::size_t kWorkspaceKept = 2 << 20;
 /// Floats that the calling thread keeps.
 std::size_t workspace_kept();

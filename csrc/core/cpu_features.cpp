@@ -104,7 +104,8 @@ void detect_isa(CpuInfo& info) {
     std::size_t size = sizeof value;
     return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
   };
-  add(info, has("hw.optional.arm.FEAT_FP16"), "fp16");
+  info.neon_fp16 = has("hw.optional.arm.FEAT_FP16");
+  add(info, info.neon_fp16, "fp16");
   add(info, has("hw.optional.arm.FEAT_DotProd"), "dotprod");
   add(info, has("hw.optional.arm.FEAT_I8MM"), "i8mm");
   add(info, has("hw.optional.arm.FEAT_BF16"), "bf16");
@@ -112,7 +113,8 @@ void detect_isa(CpuInfo& info) {
   // bit numbers of the Linux ABI: older headers lack some of the names
   const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
   const auto bit = [](unsigned long word, int i) { return (word >> i & 1ul) != 0; };
-  add(info, bit(hwcap, 9) && bit(hwcap, 10), "fp16");
+  info.neon_fp16 = bit(hwcap, 9) && bit(hwcap, 10);
+  add(info, info.neon_fp16, "fp16");
   add(info, bit(hwcap, 20), "dotprod");
   add(info, bit(hwcap2, 13), "i8mm");
   add(info, bit(hwcap2, 14), "bf16");

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "core/block.h"
 #include "core/winograd.h"
@@ -11,19 +12,20 @@ constexpr int kMaxRuns = 1024;  // runs of one product; a window of more takes t
 constexpr int kCopiedRows = 8;  // output rows whose input is copied at once
 
 // copies the k x k patch of output pixel (y, x) in the order of the packed weights, zero outside of the image
-void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int x, float* dst) {
+template <class T>
+void load_patch(const BasicView<T>& v, const BlockDesc& d, const Geometry& g, int y, int x, T* dst) {
   const int k = d.expand_kernel, s = d.expand_stride;
   for (int ky = 0; ky < k; ++ky) {
     for (int kx = 0; kx < k; ++kx, dst += d.c_in) {
       const int yy = y * s - g.top1 + ky, xx = x * s - g.left1 + kx;
       if (yy < 0 || yy >= g.h || xx < 0 || xx >= g.w) {
-        std::memset(dst, 0, sizeof(float) * d.c_in);
+        std::memset(dst, 0, sizeof(T) * d.c_in);
         continue;
       }
-      const float* src = v.p + yy * v.row + xx * v.pix;
+      const T* src = v.p + yy * v.row + xx * v.pix;
       if (v.chan == 1) {
         for (int c = 0; c < d.c_in; c += kUnit, src += v.unit)
-          std::memcpy(dst + c, src, sizeof(float) * std::min(kUnit, d.c_in - c));
+          std::memcpy(dst + c, src, sizeof(T) * std::min(kUnit, d.c_in - c));
         continue;
       }
       for (int c = 0; c < d.c_in; ++c) dst[c] = src[(c / kUnit) * v.unit + (c % kUnit) * v.chan];
@@ -32,8 +34,9 @@ void load_patch(const View& v, const BlockDesc& d, const Geometry& g, int y, int
 }
 
 // the convolution itself, whatever lies around the image
-void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
-             const GemmArgs& to) {
+template <class T>
+void windows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView<T>& v, const BlockDesc& d,
+             const Geometry& g, int y0, int y1, const BasicGemmArgs<T>& to) {
   const int n = d.expand_kernel, s = d.expand_stride, taps = n * n;
   // [ya, yb) x [xa, xb): windows inside of the image
   auto inside = [&](int before, int size, int out, int& lo, int& hi) {
@@ -53,7 +56,7 @@ void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc
     const bool single = v.chan != 1;                           // any layout: one term a run
     const int ui = units_of(d.c_in);
     // runs must be of equal length
-    GemmArgs a = to;
+    BasicGemmArgs<T> a = to;
     a.a = v.p + (ya * s - g.top1) * v.row + (xa * s - g.left1) * v.pix;
     a.a_pix = s * v.pix, a.a_row = s * v.row;
     a.rows = yb - ya, a.cols = xb - xa;
@@ -97,7 +100,7 @@ void windows(const KernelTable& k, const Team& t, const View& v, const BlockDesc
       if (group % t.n != t.tid) continue;
       const int m = std::min(kPatches, count - i);
       for (int j = 0; j < m; ++j) load_patch(v, d, g, down ? y + i + j : y, down ? x : x + i + j, t.local + j * terms);
-      GemmArgs a = to;
+      BasicGemmArgs<T> a = to;
       a.a = t.local, a.a_pix = terms, a.k_blocks = 1, a.k_len = a.k_last = static_cast<int>(terms);
       const int yy = (down ? y + i : y) - y0, xx = down ? x : x + i;
       a.c += yy * to.c_row + xx * to.c_pix;
@@ -120,13 +123,16 @@ std::size_t copied_floats(const BlockDesc& d, const Geometry& g, int rows) {
   return pitch * d.c_in * ((std::min(rows, kCopiedRows) - 1) * d.expand_stride + d.expand_kernel);
 }
 
-void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                int y1, const GemmArgs& to, const float* winograd) {
-  if (winograd != nullptr) {
-    winograd_rows(k, t, v, d, g, y0, y1, to, winograd,
-                  [](const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y,
-                     const GemmArgs& to) { windows(k, t, v, d, g, y, y + 1, to); });
-    return;
+template <class T>
+void dense_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView<T>& v, const BlockDesc& d,
+                const Geometry& g, int y0, int y1, const BasicGemmArgs<T>& to, const float* winograd) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (winograd != nullptr) {
+      winograd_rows(k, t, v, d, g, y0, y1, to, winograd,
+                    [](const BasicKernels<float>& k, const Team& t, const View& v, const BlockDesc& d,
+                       const Geometry& g, int y, const GemmArgs& to) { windows(k, t, v, d, g, y, y + 1, to); });
+      return;
+    }
   }
   if (!copies_rows(d)) return windows(k, t, v, d, g, y0, y1, to);
   const int s = d.expand_stride, pitch = g.left1 + g.w + g.right1;
@@ -137,7 +143,7 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
   for (int lo = y0; lo < y1; lo += kCopiedRows) {
     const int hi = std::min(y1, lo + kCopiedRows), first = lo * s - g.top1;
     const int rows = (hi - 1 - lo) * s + d.expand_kernel;
-    View copy;
+    BasicView<T> copy;
     copy.p = t.local;
     if (pixels) {
       copy.unit = kUnit, copy.chan = 1, copy.pix = d.c_in, copy.row = static_cast<std::ptrdiff_t>(pitch) * d.c_in;
@@ -148,29 +154,36 @@ void dense_rows(const KernelTable& k, const Team& t, const View& v, const BlockD
     const int planes = pixels ? 1 : d.c_in, wide = pixels ? d.c_in : 1;
     for (int c = 0; c < planes; ++c) {
       for (int y = 0; y < rows; ++y) {
-        float* row = t.local + c * copy.chan + y * copy.row;
+        T* row = t.local + c * copy.chan + y * copy.row;
         const int from = first + y;
         if (from < 0 || from >= g.h) {
-          std::memset(row, 0, sizeof(float) * pitch * wide);
+          std::memset(row, 0, sizeof(T) * pitch * wide);
           continue;
         }
-        const float* src = v.p + from * v.row + c * v.chan;
-        float* image = row + g.left1 * wide;
-        std::memset(row, 0, sizeof(float) * g.left1 * wide);
-        std::memset(image + g.w * wide, 0, sizeof(float) * g.right1 * wide);
+        const T* src = v.p + from * v.row + c * v.chan;
+        T* image = row + g.left1 * wide;
+        std::memset(row, 0, sizeof(T) * g.left1 * wide);
+        std::memset(image + g.w * wide, 0, sizeof(T) * g.right1 * wide);
         if (pixels || v.pix == 1) {
-          std::memcpy(image, src, sizeof(float) * g.w * wide);
+          std::memcpy(image, src, sizeof(T) * g.w * wide);
         } else {
           for (int x = 0; x < g.w; ++x) image[x] = src[x * v.pix];
         }
       }
     }
     inner.h = rows, inner.h1 = hi - lo;
-    GemmArgs part = to;
+    BasicGemmArgs<T> part = to;
     part.c += (lo - y0) * to.c_row;
     if (part.res != nullptr) part.res += (lo - y0) * to.r_row;
     windows(k, t, copy, d, inner, 0, hi - lo, part);
   }
 }
+
+template void dense_rows(const BasicKernels<float>&, const BasicTeam<float>&, const BasicView<float>&, const BlockDesc&,
+                         const Geometry&, int, int, const BasicGemmArgs<float>&, const float*);
+#if defined(MNV4_OPS_HALF)
+template void dense_rows(const BasicKernels<Half>&, const BasicTeam<Half>&, const BasicView<Half>&, const BlockDesc&,
+                         const Geometry&, int, int, const BasicGemmArgs<Half>&, const float*);
+#endif
 
 }  // namespace mnv4

@@ -27,8 +27,21 @@ int available_tiers(const KernelTable** out, int max) {
 #if defined(MNV4_OPS_HAVE_NEON)
   add(cpu.neon, neon_kernels());
 #endif
+#if defined(MNV4_OPS_HALF)
+  // what runs in fp32 is the same; models in fp16 are served as well
+  static const KernelTable fp16 = [] {
+    KernelTable t = neon_kernels();
+    t.name = neon_fp16_kernels().name;
+    return t;
+  }();
+  add(cpu.neon_fp16, fp16);
+#endif
   return n;
 }
+
+#if defined(MNV4_OPS_HALF)
+const BasicKernels<Half>* half_kernels() { return cpu_info().neon_fp16 ? &neon_fp16_kernels() : nullptr; }
+#endif
 
 const KernelTable& active_kernels() {
   const KernelTable* t = active.load(std::memory_order_acquire);

@@ -20,70 +20,84 @@ std::string check(const HeadDesc& d) {
   return {};
 }
 
-int Head::depth_of(int stage) const {
+template <class T>
+int BasicHead<T>::depth_of(int stage) const {
   if (stage == 0) return d_.c_in;
   if (stage == 1) return pooled();
   return d_.c_hidden > 0 ? d_.c_hidden : pooled();
 }
 
-int Head::features() const { return d_.classes > 0 ? d_.classes : d_.c_hidden > 0 ? d_.c_hidden : pooled(); }
+template <class T>
+int BasicHead<T>::features() const {
+  return d_.classes > 0 ? d_.classes : d_.c_hidden > 0 ? d_.c_hidden : pooled();
+}
 
-Head::Head(const HeadDesc& d) : d_(d) {
+template <class T>
+BasicHead<T>::BasicHead(const HeadDesc& d) : d_(d) {
   for (int s = 0; s < 3; ++s) {
     if (!has(s)) continue;
     weight_[s] = total_;
-    bias_[s] = total_ + static_cast<std::size_t>(units_of(rows_of(s))) * depth_of(s) * kUnit;
-    total_ = bias_[s] + static_cast<std::size_t>(units_of(rows_of(s))) * kUnit;
+    bias_[s] =
+        total_ + static_cast<std::size_t>(units_of(rows_of(s))) * depth_of(s) * kUnit * sizeof(T) / sizeof(float);
+    total_ = bias_[s] + static_cast<std::size_t>(units_of(rows_of(s))) * kEpilogue<T>;
   }
 }
 
-bool Head::pack(int stage, const StageParams& p) {
+template <class T>
+bool BasicHead<T>::pack(int stage, const StageParams& p) {
   if (stage < 0 || stage > 2 || !has(stage)) return false;
   if (data_ == nullptr) data_ = make_buffer(total_);
   if (data_ == nullptr) return false;
-  pack_gemm(p, rows_of(stage), depth_of(stage), 1, data_.get() + weight_[stage], data_.get() + bias_[stage]);
-  done_[stage] = true;
+  pack_gemm(p, rows_of(stage), depth_of(stage), 1, reinterpret_cast<T*>(data_.get() + weight_[stage]),
+            data_.get() + bias_[stage]);
+  done_[stage] = true, fine_[stage] = p.bn_mean == nullptr;
   return true;
 }
 
-bool Head::packed() const { return (!has(0) || done_[0]) && (!has(1) || done_[1]) && (!has(2) || done_[2]); }
+template <class T>
+bool BasicHead<T>::packed() const {
+  return (!has(0) || done_[0]) && (!has(1) || done_[1]) && (!has(2) || done_[2]);
+}
 
-void Head::adopt(const float* blob) {
+template <class T>
+void BasicHead<T>::adopt(const float* blob) {
   if (data_ == nullptr) data_ = make_buffer(total_);
   if (data_ == nullptr) return;
   std::memcpy(data_.get(), blob, total_ * sizeof(float));
   for (int s = 0; s < 3; ++s) done_[s] = has(s);
 }
 
-std::size_t Head::scratch_floats(int, int, int threads) const {
+template <class T>
+std::size_t BasicHead<T>::scratch_floats(int, int, int threads) const {
   const std::size_t group =
       static_cast<std::size_t>(kGroup) * kUnit * (units_of(pooled()) + units_of(std::max(1, d_.c_hidden)));
   return kPoolUnits * kPoolPixels * kUnit + (group + threads - 1) / threads + kUnit;
 }
 
-void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w) const {
+template <class T>
+void BasicHead<T>::run(const BasicRegion<T>& r, const BasicTensor<T>& x, T* out, int n, int h, int w) const {
   const int up = units_of(pooled());
-  float* feat = r.arena;                                                 // [image][pooled, padded]
-  float* hidden = feat + static_cast<std::size_t>(kGroup) * up * kUnit;  // [image][hidden, padded]
-  float* own = r.arena + r.n * (r.scratch_floats - kPoolUnits * kPoolPixels * kUnit) +
-               static_cast<std::size_t>(r.tid) * kPoolUnits * kPoolPixels * kUnit;
+  T* feat = r.arena;                                                 // [image][pooled, padded]
+  T* hidden = feat + static_cast<std::size_t>(kGroup) * up * kUnit;  // [image][hidden, padded]
+  T* own = r.arena + r.n * (r.scratch_floats - kPoolUnits * kPoolPixels * kUnit) +
+           static_cast<std::size_t>(r.tid) * kPoolUnits * kPoolPixels * kUnit;
   const std::ptrdiff_t pitch[2] = {static_cast<std::ptrdiff_t>(up) * kUnit,
                                    static_cast<std::ptrdiff_t>(units_of(d_.c_hidden)) * kUnit};
-  const KernelTable& k = *r.kernels;
+  const BasicKernels<T>& k = *r.kernels;
   const float scale = static_cast<float>(h) * static_cast<float>(w);
 
   for (int first = 0; first < n; first += kGroup) {
     const int images = std::min(kGroup, n - first);
     const Range mine = split(up, r.n, r.tid);
     for (int i = 0; i < images; ++i) {
-      const View v = x.at(first + i);
+      const BasicView<T> v = x.at(first + i);
       for (int u = mine.lo; u < mine.hi; u += kPoolUnits) {
         const int units = std::min(kPoolUnits, mine.hi - u);
-        float* sum = feat + i * pitch[0] + u * kUnit;
-        std::memset(sum, 0, sizeof(float) * units * kUnit);
+        T* mean = feat + i * pitch[0] + u * kUnit;
+        alignas(64) float sum[kPoolUnits * kUnit] = {};
         if (has(0)) {
           const int ui = units_of(d_.c_in);
-          GemmArgs g;
+          BasicGemmArgs<T> g;
           g.a = v.p, g.a_pix = v.pix, g.a_row = v.row, g.rows = h, g.cols = w;
           if (v.unit == kUnit) {
             g.k_blocks = 1, g.k_len = g.k_last = d_.c_in;
@@ -91,9 +105,9 @@ void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w
             g.k_blocks = ui, g.k_len = kUnit, g.k_last = d_.c_in - (ui - 1) * kUnit, g.a_blk = v.unit;
           }
           g.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit;
-          g.b = data_.get() + weight_[0] + u * g.b_unit;
-          g.bias = data_.get() + bias_[0] + u * kUnit;
-          g.act = d_.feat_act, g.units = units, g.c_pix = kUnit;
+          g.b = weight(0) + u * g.b_unit;
+          g.bias = data_.get() + bias_[0] + u * kEpilogue<T>;
+          g.act = d_.feat_act, g.fine = fine_[0], g.units = units, g.c_pix = kUnit;
           const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(h) * w;
           for (std::ptrdiff_t p = 0; p < pixels; p += kPoolPixels) {
             const int count = static_cast<int>(std::min<std::ptrdiff_t>(kPoolPixels, pixels - p));
@@ -116,23 +130,24 @@ void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w
             }
           }
         }
-        for (int j = 0; j < units * kUnit; ++j) sum[j] /= scale;
+        for (int j = 0; j < units * kUnit; ++j) mean[j] = static_cast<T>(sum[j] / scale);
       }
     }
     if (r.n > 1) r.barrier->wait(r.tid, r.n);
 
-    const float* from = feat;
+    const T* from = feat;
     std::ptrdiff_t from_pitch = pitch[0];
     for (int s = 1; s <= 2; ++s) {
       if (!has(s)) continue;
       const bool last = s == 2 || !has(2);
       const int units = units_of(rows_of(s));
       const Range u = split(units, r.n, r.tid);
-      GemmArgs g;
+      BasicGemmArgs<T> g;
       g.a = from, g.a_pix = from_pitch, g.k_blocks = 1, g.k_len = g.k_last = depth_of(s);
       g.b_unit = static_cast<std::ptrdiff_t>(depth_of(s)) * kUnit;
-      g.b = data_.get() + weight_[s] + u.lo * g.b_unit;
-      g.bias = data_.get() + bias_[s] + u.lo * kUnit;
+      g.b = weight(s) + u.lo * g.b_unit;
+      g.bias = data_.get() + bias_[s] + u.lo * kEpilogue<T>;
+      g.fine = fine_[s];
       g.act = s == 1 ? d_.hidden_act : Act::none;
       g.units = u.hi - u.lo, g.rows = 1, g.cols = images, g.c_unit = kUnit;
       if (last) {
@@ -149,11 +164,16 @@ void Head::run(const Region& r, const Tensor& x, float* out, int n, int h, int w
       if (r.tid == 0) {
         for (int i = 0; i < images; ++i)
           std::memcpy(out + static_cast<std::ptrdiff_t>(first + i) * features(), feat + i * pitch[0],
-                      sizeof(float) * features());
+                      sizeof(T) * features());
       }
       if (r.n > 1) r.barrier->wait(r.tid, r.n);
     }
   }
 }
+
+template class BasicHead<float>;
+#if defined(MNV4_OPS_HALF)
+template class BasicHead<Half>;
+#endif
 
 }  // namespace mnv4

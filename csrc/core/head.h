@@ -12,9 +12,11 @@ struct HeadDesc {
 
 std::string check(const HeadDesc& d);
 
-class Head {
+/// A head of activations and weights of type T; sizes in floats are in elements.
+template <class T>
+class BasicHead {
  public:
-  explicit Head(const HeadDesc& d);
+  explicit BasicHead(const HeadDesc& d);
   const HeadDesc& desc() const { return d_; }
   int pooled() const { return d_.c_feat > 0 ? d_.c_feat : d_.c_in; }
   int features() const;
@@ -22,8 +24,9 @@ class Head {
   bool pack(int stage, const StageParams& p);
   bool packed() const;
   /// Inside a parallel region; out is [n, features] contiguous.
-  void run(const Region& r, const Tensor& x, float* out, int n, int h, int w) const;
+  void run(const BasicRegion<T>& r, const BasicTensor<T>& x, T* out, int n, int h, int w) const;
   std::size_t scratch_floats(int h, int w, int threads) const;
+  /// Floats of all packed parameters, whatever the elements are.
   std::size_t blob_floats() const { return total_; }
   const float* blob() const { return data_.get(); }
   void adopt(const float* blob);
@@ -32,10 +35,12 @@ class Head {
   bool has(int stage) const { return (stage == 0 ? d_.c_feat : stage == 1 ? d_.c_hidden : d_.classes) > 0; }
   int rows_of(int stage) const { return stage == 0 ? d_.c_feat : stage == 1 ? d_.c_hidden : d_.classes; }
   int depth_of(int stage) const;
+  const T* weight(int stage) const { return reinterpret_cast<const T*>(data_.get() + weight_[stage]); }
   HeadDesc d_;
   std::size_t weight_[3] = {}, bias_[3] = {}, total_ = 0;
-  bool done_[3] = {};
+  bool done_[3] = {}, fine_[3] = {};  // fine: see BasicBlock
   Buffer data_;
 };
+using Head = BasicHead<float>;
 
 }  // namespace mnv4

@@ -9,7 +9,7 @@
 
 namespace mnv4 {
 
-/// Sizes in floats, for a team of n threads; the same in all of them.
+/// Sizes in elements, for a team of n threads; the same in all of them.
 struct OwnPixels {
   int n = 0, halo = 0, stride = 1, top = 0;    // halo: rows of the mid depthwise, 0 without
   int w1 = 0, h1 = 0, p1 = 0, w2 = 0, p2 = 0;  // rows and pixels after the front, after the mid depthwise
@@ -50,7 +50,7 @@ struct OwnPixels {
   template <class Area>
   void copy_halo(int tid, int units, Area area) const {
     const Range rows = expanded_rows(tid);
-    float* to = area(tid);
+    auto* to = area(tid);
     for (int t = 0; t < n; ++t) {
       if (t == tid) continue;
       const Range theirs = split(p1, n, t);
@@ -58,10 +58,10 @@ struct OwnPixels {
       const int first = expanded_rows(t).lo;
       for (int q = lo; q < hi;) {
         const int y = q / w1, x = q % w1, end = std::min(hi, (y + 1) * w1);
-        const float* src = area(t) + (y - first) * pitch + left + static_cast<std::ptrdiff_t>(x) * kUnit;
-        float* dst = to + (y - rows.lo) * pitch + left + static_cast<std::ptrdiff_t>(x) * kUnit;
+        const auto* src = area(t) + (y - first) * pitch + left + static_cast<std::ptrdiff_t>(x) * kUnit;
+        auto* dst = to + (y - rows.lo) * pitch + left + static_cast<std::ptrdiff_t>(x) * kUnit;
         for (int i = 0; i < units; ++i)
-          std::memcpy(dst + i * expanded_unit, src + i * expanded_unit, sizeof(float) * kUnit * (end - q));
+          std::memcpy(dst + i * expanded_unit, src + i * expanded_unit, sizeof *dst * kUnit * (end - q));
         q = end;
       }
     }

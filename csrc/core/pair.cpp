@@ -15,12 +15,12 @@ Range input_rows(const BlockDesc& d, const Geometry& g, int y0, int y1) {
 
 }  // namespace
 
-Pair plan_pair(const Block& a, const Block& b, int h, int w) {
+template <class T>
+Pair plan_pair(const BasicBlock<T>& a, const BasicBlock<T>& b, int h, int w) {
   const BlockDesc &da = a.desc(), &db = b.desc();
   if (a.has(Stage::mid) || b.has(Stage::mid) || db.expand_kernel == 1 || db.residual) return {};
   const Geometry ga = geometry(da, h, w), gb = geometry(db, ga.h2, ga.w2);
-  const std::size_t row = static_cast<std::size_t>(ga.w2) * units_of(da.c_out) * kUnit,
-                    l2 = cpu_info().l2 / sizeof(float);
+  const std::size_t row = static_cast<std::size_t>(ga.w2) * units_of(da.c_out) * kUnit, l2 = cpu_info().l2 / sizeof(T);
   if (row * ga.h2 < l2 / 2) return {};
   Pair p;
   const std::size_t rows = l2 / 4 / row;
@@ -39,26 +39,27 @@ Pair plan_pair(const Block& a, const Block& b, int h, int w) {
   return p;
 }
 
-void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, const Tensor& x, const Tensor& out,
-              bool padded, int n, int h, int w) {
+template <class T>
+void run_pair(const Pair& p, const BasicRegion<T>& r, const BasicBlock<T>& a, const BasicBlock<T>& b,
+              const BasicTensor<T>& x, const BasicTensor<T>& out, bool padded, int n, int h, int w) {
   const Geometry ga = geometry(a.desc(), h, w), gb = geometry(b.desc(), ga.h2, ga.w2);
-  float* between = r.scratch(r.tid);
-  float* scratch = between + p.between;
+  T* between = r.scratch(r.tid);
+  T* scratch = between + p.between;
   const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(ga.w2) * kUnit;
   const int units = units_of(a.desc().c_out);
   const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(p.between) / units;
   auto image = [&](int i, int lo, int hi) {
-    const View in = x.at(i), to = out.at(i);
+    const BasicView<T> in = x.at(i), to = out.at(i);
     Range have{0, 0};
     for (int y0 = lo; y0 < hi; y0 += p.band) {
       const int y1 = std::min(hi, y0 + p.band);
       const Range need = input_rows(b.desc(), gb, y0, y1);
-      const View mid{between - need.lo * row, plane, row, kUnit, 1};
+      const BasicView<T> mid{between - need.lo * row, plane, row, kUnit, 1};
       // rows that the band before needed as well
       const int kept = y0 > lo ? std::max(0, have.hi - need.lo) : 0;
       for (int u = 0; u < units && kept > 0; ++u) {
-        float* rows = between + u * plane;
-        std::memmove(rows, rows + (need.lo - have.lo) * row, sizeof(float) * kept * row);
+        T* rows = between + u * plane;
+        std::memmove(rows, rows + (need.lo - have.lo) * row, sizeof(T) * kept * row);
       }
       have = need;
       if (need.lo + kept < need.hi) a.run_alone(*r.kernels, in, mid, true, h, w, need.lo + kept, need.hi, scratch);
@@ -70,5 +71,14 @@ void run_pair(const Pair& p, const Region& r, const Block& a, const Block& b, co
   const Range rows = split(gb.h2, r.n, r.tid);
   for (int i = whole; i < n; ++i) image(i, rows.lo, rows.hi);
 }
+
+template Pair plan_pair(const BasicBlock<float>&, const BasicBlock<float>&, int, int);
+template void run_pair(const Pair&, const BasicRegion<float>&, const BasicBlock<float>&, const BasicBlock<float>&,
+                       const BasicTensor<float>&, const BasicTensor<float>&, bool, int, int, int);
+#if defined(MNV4_OPS_HALF)
+template Pair plan_pair(const BasicBlock<Half>&, const BasicBlock<Half>&, int, int);
+template void run_pair(const Pair&, const BasicRegion<Half>&, const BasicBlock<Half>&, const BasicBlock<Half>&,
+                       const BasicTensor<Half>&, const BasicTensor<Half>&, bool, int, int, int);
+#endif
 
 }  // namespace mnv4

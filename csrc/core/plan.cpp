@@ -8,14 +8,15 @@ namespace mnv4 {
 namespace {
 
 // scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
-std::size_t scratch_budget() { return cpu_info().l2 / sizeof(float) * 3 / 4; }
+std::size_t scratch_budget(std::size_t element) { return cpu_info().l2 / element * 3 / 4; }
 
 }  // namespace
 
 // Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring
 // that keeps all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
-Plan Block::plan(const Geometry& g, int rows, int team) const {
-  const std::size_t budget = scratch_budget() * team;
+template <class T>
+Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
+  const std::size_t budget = scratch_budget(sizeof(T)) * team;
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);
   const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid);
   const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
@@ -49,7 +50,8 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
   };
 
   // the project stage sums chunk by chunk: a chunk ends where a block of the sum does, so that no plan changes a result
-  const int grain = d_.c_mid <= kSumWhole ? ue : kSumBlock / kUnit;
+  const bool whole = d_.c_mid <= kSumWhole || sizeof(T) != sizeof(float);  // 16 bits cannot hold parts of a sum
+  const int grain = whole ? ue : kSumBlock / kUnit;
   const int most = (ue + grain - 1) / grain * grain;
   for (int chunk = most; chunk >= grain; chunk -= grain) {
     const Plan p = sizes(rows, std::min(chunk, ue), false);
@@ -67,5 +69,10 @@ Plan Block::plan(const Geometry& g, int rows, int team) const {
   }
   return sizes(1, std::min(grain, ue), false);  // a single row is wider than the budget
 }
+
+template Plan BasicBlock<float>::plan(const Geometry&, int, int) const;
+#if defined(MNV4_OPS_HALF)
+template Plan BasicBlock<Half>::plan(const Geometry&, int, int) const;
+#endif
 
 }  // namespace mnv4

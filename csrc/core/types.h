@@ -16,29 +16,47 @@ inline constexpr int units_of(int channels) { return (channels + kUnit - 1) / kU
 /// Floats rounded up to whole cache lines.
 inline constexpr std::size_t round_line(std::size_t floats) { return (floats + 15) / 16 * 16; }
 
-// Address of element (c, y, x): p + (c / 16) * unit + (c % 16) * chan + y * row + x * pix. Strides in floats.
-struct View {
-  float* p = nullptr;
+#if defined(MNV4_OPS_HAVE_NEON_FP16)
+#define MNV4_OPS_HALF 1
+// Elements of what runs in fp16 arithmetic. Everything that is a template over its element exists for it as well.
+using Half = __fp16;
+#endif
+
+// Floats of what follows a product or a depthwise convolution, for each unit: [16] to add; of 16-bit elements
+// [4][16] elements: the factor in two parts and what is added, see pack_epilogue.
+template <class T>
+inline constexpr int kEpilogue = sizeof(T) == sizeof(float) ? kUnit : 2 * kUnit;
+
+// Address of element (c, y, x): p + (c / 16) * unit + (c % 16) * chan + y * row + x * pix. Strides in elements.
+template <class T>
+struct BasicView {
+  T* p = nullptr;
   std::ptrdiff_t unit = 0, row = 0, pix = 0, chan = 1;
 };
 
 // The views of one image of a batch and the distance to the next image.
-struct Tensor {
-  View image;
+template <class T>
+struct BasicTensor {
+  BasicView<T> image;
   std::ptrdiff_t next = 0;
-  View at(int n) const {
-    View v = image;
+  BasicView<T> at(int n) const {
+    BasicView<T> v = image;
     v.p += n * next;
     return v;
   }
 };
 
-inline Tensor blocked_tensor(float* p, int c, int h, int w) {
+using View = BasicView<float>;
+using Tensor = BasicTensor<float>;
+
+template <class T>
+BasicTensor<T> blocked_tensor(T* p, int c, int h, int w) {
   const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(h) * w * kUnit;
   return {{p, plane, static_cast<std::ptrdiff_t>(w) * kUnit, kUnit, 1}, plane * units_of(c)};
 }
 
-inline Tensor strided_tensor(float* p, std::ptrdiff_t sn, std::ptrdiff_t sc, std::ptrdiff_t sh, std::ptrdiff_t sw) {
+template <class T>
+BasicTensor<T> strided_tensor(T* p, std::ptrdiff_t sn, std::ptrdiff_t sc, std::ptrdiff_t sh, std::ptrdiff_t sw) {
   return {{p, sc * kUnit, sh, sw, sc}, sn};
 }
 

@@ -80,8 +80,8 @@ struct Group {
 
 class Convolution {
  public:
-  Convolution(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0, int y1,
-              const GemmArgs& to, const float* weight)
+  Convolution(const BasicKernels<float>& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
+              int y1, const GemmArgs& to, const float* weight)
       : k_(k), v_(v), d_(d), g_(g), y0_(y0), y1_(y1), to_(to), weight_(weight), ui_(units_of(d.c_in)) {
     const int all = (g.h1 + 1) / 2 * ((g.w1 + 1) / 2), tiles = std::min(all, tiles_at_once(d));
     input_ = t.local;
@@ -218,7 +218,7 @@ class Convolution {
     return bad;
   }
 
-  const KernelTable& k_;
+  const BasicKernels<float>& k_;
   const View& v_;
   const BlockDesc& d_;
   const Geometry& g_;
@@ -232,8 +232,8 @@ class Convolution {
 
 }  // namespace
 
-void winograd_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                   int y1, const GemmArgs& to, const float* weight, DirectRow again) {
+void winograd_rows(const BasicKernels<float>& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g,
+                   int y0, int y1, const GemmArgs& to, const float* weight, DirectRow again) {
   const int wide = (g.w1 + 1) / 2, most = tiles_at_once(d);
   Range rows{y0 / 2, (y1 + 1) / 2};
   if (t.n > 1) {

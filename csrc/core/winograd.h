@@ -29,11 +29,11 @@ void pack_winograd(const StageParams& p, int c_out, int c_in, float* weight);
 std::size_t winograd_floats(const BlockDesc& d, const Geometry& g);
 
 /// Output row y again, directly; `to` says where it goes.
-using DirectRow = void (*)(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g,
-                           int y, const GemmArgs& to);
+using DirectRow = void (*)(const BasicKernels<float>& k, const Team& t, const View& v, const BlockDesc& d,
+                           const Geometry& g, int y, const GemmArgs& to);
 
 /// As dense_rows, which passes `again`.
-void winograd_rows(const KernelTable& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
-                   int y1, const GemmArgs& to, const float* weight, DirectRow again);
+void winograd_rows(const BasicKernels<float>& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g,
+                   int y0, int y1, const GemmArgs& to, const float* weight, DirectRow again);
 
 }  // namespace mnv4

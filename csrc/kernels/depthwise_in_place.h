@@ -8,24 +8,35 @@ inline constexpr int kUnknown = -1;  // only known at run time
 // T columns of all rows. The first L and the last R input columns of the strip lie outside of the image; where that is
 // unknown, columns [lo, hi) exist. Pix: floats between pixels.
 template <class V, int K, int S, int T, int Pix, int L, int R>
-void depthwise_strip(const DepthwiseArgs& args, int v, int x, int lo, int hi) {
+void depthwise_strip(const BasicDepthwiseArgs<typename V::Elem>& args, int v, int x, int lo, int hi) {
   using reg = typename V::reg;
+  using E = typename V::Elem;
   constexpr bool edge = L == kUnknown;
   constexpr int N = (T - 1) * S + K, P = K / 2, from = edge ? 0 : L, to = edge ? N : N - R;
-  const DepthwiseArgs d = args;  // a copy that no store can change
+  constexpr bool cut = V::kScalesAfter && K == 5;  // kernel rows are summed apart, so that sums in 16 bits stay short
+  const BasicDepthwiseArgs<E> d = args;            // a copy that no store can change
   const std::ptrdiff_t pix = Pix == kUnknown ? d.src_pix : Pix;
-  const float *src = d.src + v + (x * S + from) * pix, *weight = d.weight + v, *row_bias = d.bias + v;
-  float* dst = d.dst + v + x * (Pix == kUnknown ? d.dst_pix : kUnit);
+  const E *src = d.src + v + (x * S + from) * pix, *weight = d.weight + v, *row_bias = V::begins(d.bias) + v;
+  E* dst = d.dst + v + x * (Pix == kUnknown ? d.dst_pix : kUnit);
   const std::ptrdiff_t* row_off = d.row_off;
   for (int y = 0; y < d.rows; ++y, dst += d.dst_row, row_off += K) {
     reg acc[T];
     // loaded for each pixel: one instruction for both vectors, and no register holds them
-    const float* bias = row_bias;
-    unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::load(bias = V::hidden(bias)); });
-    const float* w = V::hidden(weight);
+    const E* bias = row_bias;
+    reg total[cut ? T : 1];
+    const auto begin = [&](reg(&r)[T]) MNV4_LAMBDA {
+      unroll<T>([&](auto t) MNV4_LAMBDA { r[t] = V::load(bias = V::hidden(bias)); });
+    };
+    if constexpr (cut) {
+      begin(total);
+    } else {
+      begin(acc);
+    }
+    const E* w = V::hidden(weight);
     unroll<K>([&](auto ky) MNV4_LAMBDA {
       if (row_off[ky] >= 0) {
-        const float* in = V::hidden(src + row_off[ky]);
+        const E* in = V::hidden(src + row_off[ky]);
+        if constexpr (cut && edge) begin(acc);
         reg wv[K];
         unroll<K>([&](auto kx) MNV4_LAMBDA { wv[kx] = V::load(w + (ky * K + kx) * kUnit); });
         // input i is tap kx of output (i - kx) / S
@@ -33,7 +44,12 @@ void depthwise_strip(const DepthwiseArgs& args, int v, int x, int lo, int hi) {
           unroll<K>([&](auto kx) MNV4_LAMBDA {
             constexpr int t = (i - kx) / S;
             if constexpr (i >= kx && (i - kx) % S == 0 && t < T) {
-              const reg sum = V::fma(value, wv[kx], acc[t]);
+              reg sum;
+              if constexpr (cut && !edge && i == (t * S > from ? t * S : from)) {
+                sum = V::mul(value, wv[kx]);
+              } else {
+                sum = V::fma(value, wv[kx], acc[t]);
+              }
               if constexpr (V::kTies) in = V::after(in, sum);
               acc[t] = sum;
             }
@@ -64,14 +80,17 @@ void depthwise_strip(const DepthwiseArgs& args, int v, int x, int lo, int hi) {
             value = next;
           });
         }
+        if constexpr (cut) unroll<T>([&](auto t) MNV4_LAMBDA { total[t] = V::add(total[t], acc[t]); });
       }
     });
+    if constexpr (cut) unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = total[t]; });
+    if constexpr (V::kScalesAfter) V::finish(acc, d.bias);
     if (d.act == Act::relu) {
       unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::max(V::zero(), acc[t]); });
     } else if (d.act == Act::relu6) {
       unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::min(V::set(6.0f), V::max(V::zero(), acc[t])); });
     }
-    float* out = dst;
+    E* out = dst;
     unroll<T>([&](auto t) MNV4_LAMBDA {
       if constexpr (Pix == kUnknown) {
         V::store_step(out, d.dst_pix, acc[t]);
@@ -82,32 +101,34 @@ void depthwise_strip(const DepthwiseArgs& args, int v, int x, int lo, int hi) {
   }
 }
 
-using StripFn = void (*)(const DepthwiseArgs&, int, int, int, int);
+template <class E>
+using StripFn = void (*)(const BasicDepthwiseArgs<E>&, int, int, int, int);
 
 // `left` and `right` input columns of a strip of `cols` output columns lie outside of the image. What symmetric padding
 // gives, at an even width with stride 2, has strips of its own.
 template <class V, int K, int S, int Pix, int... I>
-MNV4_INLINE StripFn pick_strip(int cols, int left, int right, std::integer_sequence<int, I...>) {
+MNV4_INLINE StripFn<typename V::Elem> pick_strip(int cols, int left, int right, std::integer_sequence<int, I...>) {
+  using Fn = StripFn<typename V::Elem>;
   if constexpr (Pix != kUnknown) {
-    static constexpr StripFn bordered[] = {depthwise_strip<V, K, S, I + 1, Pix, 0, 0>...};
+    static constexpr Fn bordered[] = {depthwise_strip<V, K, S, I + 1, Pix, 0, 0>...};
     return bordered[cols - 1];
   } else {
     constexpr int most = sizeof...(I), L = K / 2, R = S == 1 ? L : L - 1;
-    static constexpr StripFn known[2][2][2] = {
+    static constexpr Fn known[2][2][2] = {
         {{depthwise_strip<V, K, S, most - 1, Pix, 0, 0>, depthwise_strip<V, K, S, most - 1, Pix, 0, R>},
          {depthwise_strip<V, K, S, most - 1, Pix, L, 0>, depthwise_strip<V, K, S, most - 1, Pix, L, R>}},
         {{depthwise_strip<V, K, S, most, Pix, 0, 0>, depthwise_strip<V, K, S, most, Pix, 0, R>},
          {depthwise_strip<V, K, S, most, Pix, L, 0>, depthwise_strip<V, K, S, most, Pix, L, R>}}};
-    static constexpr StripFn unknown[] = {depthwise_strip<V, K, S, I + 1, Pix, kUnknown, kUnknown>...};
+    static constexpr Fn unknown[] = {depthwise_strip<V, K, S, I + 1, Pix, kUnknown, kUnknown>...};
     const bool common = cols >= most - 1 && (left == 0 || left == L) && (right == 0 || right == R);
     return common ? known[cols - most + 1][left != 0][right != 0] : unknown[cols - 1];
   }
 }
 
 template <class Cfg, int K, int S, int Pix>
-void depthwise_strips(const DepthwiseArgs& d) {
+void depthwise_strips(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
   using V = typename Cfg::Pair;
-  constexpr int most = Cfg::kDwCols;
+  constexpr int most = K == 5 ? Cfg::kDwCols5 : Cfg::kDwCols;
   // strips of one width, the last one over columns of the one before where they do not come out even
   int cols = d.cols, strips = 1;
   if (cols > most) {
@@ -115,24 +136,32 @@ void depthwise_strips(const DepthwiseArgs& d) {
     cols = a * (most - 1) < b * most ? most - 1 : most;
     strips = (d.cols + cols - 1) / cols;
   }
+  // few columns a strip: of two widths, where that comes out even
+  int wide = strips;  // strips of `cols` columns, the others have one less
+  if (V::kScalesAfter && d.cols > most) {
+    strips = (d.cols + most - 1) / most, cols = most, wide = d.cols - strips * (most - 1);
+    if (wide < 0) wide = strips;
+  }
   for (int i = 0; i < strips; ++i) {
-    const int x = i + 1 < strips ? i * cols : d.cols - cols;
+    if (V::kScalesAfter && i == wide) --cols;
+    const int x =
+        !V::kScalesAfter || i < wide ? (i + 1 < strips ? i * cols : d.cols - cols) : d.cols - (strips - i) * cols;
     // with borders all columns exist
     const int lo = d.width > 0 ? d.left - (d.first_col + x) * S : 0, all = (cols - 1) * S + K,
               hi = d.width > 0 ? lo + d.width : all;
-    const StripFn strip = pick_strip<V, K, S, Pix>(cols, lo > 0 ? lo : 0, hi < all ? all - hi : 0,
-                                                   std::make_integer_sequence<int, most>{});
+    const auto strip = pick_strip<V, K, S, Pix>(cols, lo > 0 ? lo : 0, hi < all ? all - hi : 0,
+                                                std::make_integer_sequence<int, most>{});
     for (int v = 0; v < kUnit; v += V::W) strip(d, v, x, lo, hi);
   }
   if (d.act == Act::gelu) {
     for (int y = 0; y < d.rows; ++y) {
-      for (int x = 0; x < d.cols; ++x) gelu_inplace<typename V::Half>(d.dst + y * d.dst_row + x * d.dst_pix, kUnit);
+      for (int x = 0; x < d.cols; ++x) V::gelu_unit(d.dst + y * d.dst_row + x * d.dst_pix);
     }
   }
 }
 
 template <class Cfg, int Pix>
-MNV4_INLINE void depthwise_of(const DepthwiseArgs& d) {
+MNV4_INLINE void depthwise_of(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
   if (d.kernel == 3) {
     d.stride == 1 ? depthwise_strips<Cfg, 3, 1, Pix>(d) : depthwise_strips<Cfg, 3, 2, Pix>(d);
   } else {
@@ -141,7 +170,7 @@ MNV4_INLINE void depthwise_of(const DepthwiseArgs& d) {
 }
 
 template <class Cfg>
-void depthwise(const DepthwiseArgs& d) {
+void depthwise(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
   const bool bordered = d.width == 0 && d.src_pix == kUnit && d.dst_pix == kUnit;
   bordered ? depthwise_of<Cfg, kUnit>(d) : depthwise_of<Cfg, kUnknown>(d);
 }

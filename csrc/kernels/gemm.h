@@ -298,8 +298,8 @@ void gemm_strip(const GemmArgs& g, const Strip& s, int pixels) {
   if (full < g.units) run(1, rows, true);
 }
 
-template <class Cfg>
-void gemm(const GemmArgs& g) {
+template <class Cfg, class T = float>
+void gemm(const BasicGemmArgs<T>& g) {
   Strip s;
   const bool one_row = g.rows == 1 || g.a_row == g.cols * g.a_pix;
   const bool packed = g.a_pix == kUnit && one_row;

@@ -1,8 +1,8 @@
 // Layout changes between strided tensors and units of 16 channels, and the sum over pixels.
 #pragma once
 
-template <class V>
-void load_unit(const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels, float* dst) {
+template <class V, class E = float>
+void load_unit(const E* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels, E* dst) {
   if (chan == 1 && channels == kUnit) {
     for (int x = 0; x < cols; ++x, src += pix, dst += kUnit) {
       unroll<kUnit / V::W>([&](auto i) MNV4_LAMBDA { V::store(dst + i * V::W, V::load(src + i * V::W)); });
@@ -16,8 +16,8 @@ void load_unit(const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int co
   }
 }
 
-template <class V>
-void store_unit(const float* src, float* dst, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels) {
+template <class V, class E = float>
+void store_unit(const E* src, E* dst, std::ptrdiff_t pix, std::ptrdiff_t chan, int cols, int channels) {
   if (chan == 1 && channels == kUnit) {
     for (int x = 0; x < cols; ++x, dst += pix, src += kUnit) {
       unroll<kUnit / V::W>([&](auto i) MNV4_LAMBDA { V::store(dst + i * V::W, V::load(src + i * V::W)); });

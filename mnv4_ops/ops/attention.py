@@ -37,11 +37,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, dropout_p: float, is_
         raise _error("dropout_p 0", dropout_p)
     if is_causal:
         raise _error("is_causal False", is_causal)
+    # of the backend where it takes fewer than its blocks do
+    dtypes = getattr(BY_DEVICE.get(q.device.type), "ATTENTION_DTYPES", None) or dtypes_of(q.device)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise _error(f"{name} with 4 dimensions [batch, heads, rows, channels]", f"shape {tuple(t.shape)}")
-        if t.dtype not in dtypes_of(q.device):
-            raise _error(f"{name} of dtype {' or '.join(map(name_of, dtypes_of(q.device)))}", name_of(t.dtype))
+        if t.dtype not in dtypes:
+            raise _error(f"{name} of dtype {' or '.join(map(name_of, dtypes))}", name_of(t.dtype))
         if t.dtype is not q.dtype or t.device != q.device:
             raise _error(f"{name} like q ({name_of(q.dtype)} on {q.device})", f"{name_of(t.dtype)} on {t.device}")
         if t.layout is not torch.strided:

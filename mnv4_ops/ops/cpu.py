@@ -13,6 +13,7 @@ from mnv4_ops import _native
 from .layout import PER_STAGE, Layout, Params, empty_output
 
 EXACT = True
+ATTENTION_DTYPES = (torch.float32,)
 
 _CPU = torch.device("cpu")
 
@@ -27,12 +28,18 @@ def build(layout: Layout) -> Any:
     core = _native.core
     if core is None:
         raise RuntimeError(f"mnv4::{layout.op}: {unavailable()}")
-    return getattr(core, layout.native_class)(**dict(layout.native))
+    name = layout.native_class
+    if layout.dtype is torch.float16:
+        name = "Half" + name
+        if not hasattr(core, name):
+            raise ValueError(f"mnv4::{layout.op}: expected float32, there are no float16 kernels of this op on the CPU")
+    return getattr(core, name)(**dict(layout.native))
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
-    # channels_last models hold dense k x k weights in other strides; the copy lives only while packing
-    return None if t is None else t.detach().resolve_neg().contiguous()
+    # channels_last models hold dense k x k weights in other strides, 16-bit ones are packed from float32; the copy
+    # lives only while packing
+    return None if t is None else t.detach().resolve_neg().float().contiguous()
 
 
 def pack(native: Any, layout: Layout, params: Params, eps: Sequence[float]) -> bool:
@@ -57,11 +64,12 @@ def run(native: Any, layout: Layout, x: Tensor) -> Tensor:
 def runner(native: Any, layout: Layout) -> Callable[[Tensor], Tensor]:
     """The short way to `run`, for inputs that were found right."""
     shape_of, start, threads = layout.output_shape, native.run, torch.get_num_threads
+    dtype = layout.dtype or torch.float32
 
     def run(x: Tensor) -> Tensor:
         n, _, h, w = x.shape
         out = torch.empty(
-            shape_of(n, h, w), dtype=torch.float32, device=_CPU, memory_format=torch.channels_last
+            shape_of(n, h, w), dtype=dtype, device=_CPU, memory_format=torch.channels_last
         )  # fmt: skip
         if n:
             start(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), threads())
@@ -83,7 +91,7 @@ def statistics(layout: Layout, params: Params) -> Any:
     """Hash of all running statistics: a train-mode forward moves them without a new version."""
     assert _native.core is not None
     found = [params[base + i] for _, base in layout.stages for i in (4, 5)]
-    arrays = [t.detach().contiguous() for t in found if t is not None]
+    arrays = [t.detach().float().contiguous() for t in found if t is not None]
     return _native.core.checksum([(t.data_ptr(), t.numel()) for t in arrays])
 
 
@@ -92,7 +100,7 @@ def watch(parts: Sequence[tuple[Layout, Params]]) -> Callable[[], Any]:
     assert _native.core is not None
     found = [params[base + i] for layout, params in parts for _, base in layout.stages for i in (4, 5)]
     tensors = [t for t in found if t is not None]
-    if not all(t.is_contiguous() for t in tensors):
+    if not all(t.is_contiguous() and t.dtype is torch.float32 for t in tensors):
         return lambda: [statistics(layout, params) for layout, params in parts]
     checksum, arrays = _native.core.checksum, [(t.data_ptr(), t.numel()) for t in tensors]
     return lambda: checksum(arrays)
@@ -104,7 +112,9 @@ class Program:
     def __init__(self, parts: Sequence[tuple[Any, Layout]]) -> None:
         assert _native.core is not None
         self.natives = tuple(native for native, _ in parts)
-        self.native = _native.core.Program(list(self.natives))
+        half = any(layout.dtype is torch.float16 for _, layout in parts)
+        self.dtype = torch.float16 if half else torch.float32
+        self.native = getattr(_native.core, "HalfProgram" if half else "Program")(list(self.natives))
         self.c_in = parts[0][1].c_in
         self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
@@ -114,9 +124,9 @@ class Program:
         if shape is None:
             shape = self._meet(n, h, w)
         if len(shape) == 4:
-            out = torch.empty(shape, dtype=torch.float32, device=_CPU, memory_format=torch.channels_last)
+            out = torch.empty(shape, dtype=self.dtype, device=_CPU, memory_format=torch.channels_last)
         else:
-            out = torch.empty(shape, dtype=torch.float32, device=_CPU)
+            out = torch.empty(shape, dtype=self.dtype, device=_CPU)
         if n:
             self.native.forward(x.data_ptr(), n, h, w, x.stride(), out.data_ptr(), torch.get_num_threads())
         return out

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnv4_ops import _native
 from mnv4_ops.spec import ACTS, PADDINGS
 
 PER_STAGE = ("weight", "conv_bias", "bn_weight", "bn_bias", "bn_mean", "bn_var")
@@ -36,9 +37,17 @@ STAGES = {
 WITH_GAMMA = ("uib", "fused_ib", "mobile_mqa")
 NATIVE_STAGE = {"start": 0, "expand": 1, "mid": 2, "project": 3, "feat": 0, "hidden": 1, "classifier": 2}
 NATIVE_STAGE |= {name: i for i, name in enumerate(STAGES["mobile_mqa"])}
+
+
+def _half_on_cpu() -> bool:
+    """Whether the machine has fp16 arithmetic, and MNV4_OPS_CPU_ISA asks for no tier without it."""
+    core = _native.core
+    return core is not None and hasattr(core, "HalfBlock") and core.cpu_info()["tier"] == "neon_fp16"
+
+
 # by type of device; fake tensors have the device that they stand for
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": (torch.float32,),
+    "cpu": (torch.float32, torch.float16) if _half_on_cpu() else (torch.float32,),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
     "meta": (torch.float16, torch.bfloat16, torch.float32),
 }

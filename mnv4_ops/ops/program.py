@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -102,6 +103,8 @@ def _pieces(x: Tensor, params: Sequence[Tensor], eps: Sequence[float], recipe: s
             raise _error(f"params of dtype {name_of(x.dtype)} like x", name_of(layout.dtype))
         if layout.device is not None and layout.device != x.device:
             raise _error(f"params on {x.device} like x", layout.device)
+        if layout.dtype is None:  # a bare pool
+            layout = replace(layout, dtype=x.dtype, device=x.device)
         pieces.append(_Piece(layout, own, own_eps))
         channels = layout.c_out
     return pieces
