@@ -3,6 +3,7 @@
 
 #include "core/cpu_features.h"
 #include "core/program.h"
+#include "core/winograd.h"
 
 namespace mnv4 {
 namespace {
@@ -26,6 +27,8 @@ Pair plan_pair(const BasicBlock<T>& a, const BasicBlock<T>& b, int h, int w) {
   const std::size_t rows = l2 / 4 / row;
   p.band = static_cast<int>(std::max<std::size_t>(
       1, rows > static_cast<std::size_t>(db.expand_kernel) ? (rows - db.expand_kernel) / db.expand_stride + 1 : 1));
+  // Winograd computes pairs of rows
+  if (winograd_serves(db) && has_winograd() && p.band > 1) p.band -= p.band % 2;
   p.band = std::min(p.band, gb.h2);
   const int most = (p.band - 1) * db.expand_stride + db.expand_kernel;
   p.between = row * most;

@@ -7,13 +7,19 @@
 namespace mnv4 {
 namespace {
 
+constexpr std::size_t kSmallL2 = 1 << 20;  // bytes; measured with 512 KiB; with 1 MiB bands are seldom thin
+constexpr int kThin = 64;  // output pixels of a band below which reading the weights again costs more than it saves
+
+std::size_t l2_elements(std::size_t element) { return cpu_info().l2 / element; }
+
 // scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
-std::size_t scratch_budget(std::size_t element) { return cpu_info().l2 / element * 3 / 4; }
+std::size_t scratch_budget(std::size_t element) { return l2_elements(element) * 3 / 4; }
 
 }  // namespace
 
 // Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring
-// that keeps all units (nothing is computed twice); bands in chunks whose halo rows are computed again.
+// that keeps all units (nothing is computed twice); bands in chunks whose halo rows are computed again. The first two
+// may take more than their part of L2 where that spares the next way.
 template <class T>
 Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
   const std::size_t budget = scratch_budget(sizeof(T)) * team;
@@ -44,22 +50,45 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
     return p;
   };
   auto fits = [&](const Plan& p) { return p.shared() + p.local * team <= budget; };
+  // parts of equal height; Winograd computes pairs of rows
   auto even_band = [&](int band) {
-    const int parts = (rows + band - 1) / band;
-    return (rows + parts - 1) / parts;
+    const int parts = (rows + band - 1) / band, each = (rows + parts - 1) / parts;
+    return winograd_ > 0 && has_winograd() && each < rows ? each + each % 2 : each;
   };
 
   // the project stage sums chunk by chunk: a chunk ends where a block of the sum does, so that no plan changes a result
   const bool whole = d_.c_mid <= kSumWhole || sizeof(T) != sizeof(float);  // 16 bits cannot hold parts of a sum
   const int grain = whole ? ue : kSumBlock / kUnit;
   const int most = (ue + grain - 1) / grain * grain;
-  for (int chunk = most; chunk >= grain; chunk -= grain) {
-    const Plan p = sizes(rows, std::min(chunk, ue), false);
-    if (fits(p)) return p;
+  Plan none;
+  none.band = 0;
+  // in at most `room` floats
+  auto all_rows = [&](std::size_t room) {
+    for (int chunk = most; chunk >= grain; chunk -= grain) {
+      const Plan p = sizes(rows, std::min(chunk, ue), false);
+      if (p.shared() + p.local * team <= room) return p;
+    }
+    return none;
+  };
+  auto bands = [&] {
+    for (int band = rows; band >= 1; --band) {
+      const Plan p = sizes(even_band(band), ue, mid);
+      if (fits(p)) return p;
+    }
+    return none;
+  };
+  const Plan fitting = all_rows(budget), ring = fitting.band > 0 ? fitting : bands();
+  if (ring.band * g.w2 >= kThin) return ring;
+  if (ring.band < rows && cpu_info().l2 < kSmallL2) {
+    // thin products read all weights for a few pixels: a scratch of a little more than L2 costs less
+    const Plan p = all_rows(l2_elements(sizeof(T)) * team * 5 / 4);
+    if (p.band > 0) return p;
   }
-  for (int band = rows; band >= 1; --band) {
-    const Plan p = sizes(even_band(band), ue, mid);
-    if (fits(p)) return p;
+  if (ring.band > 0) return ring;
+  if (mid) {
+    // all of L2 for one row costs less than rows that are computed again
+    const Plan p = sizes(1, ue, true);
+    if (p.shared() + p.local * team <= l2_elements(sizeof(T)) * team) return p;
   }
   for (int band = std::min(rows, 8); band >= 1; --band) {
     for (int chunk = most; chunk >= grain; chunk -= grain) {

@@ -20,6 +20,11 @@ int tiles_at_once(const BlockDesc& d) {
   return static_cast<int>(std::clamp<std::size_t>(cpu_info().l2 / sizeof(float) / 5 / tile, 8, kMost));
 }
 
+// of which there is room for in scratch
+int most_tiles(const BlockDesc& d, const Geometry& g) {
+  return std::min((g.h1 + 1) / 2 * ((g.w1 + 1) / 2), tiles_at_once(d));
+}
+
 // an odd number of lines, so that planes do not share the sets of a cache
 std::ptrdiff_t plane_floats(int tiles) { return static_cast<std::ptrdiff_t>(tiles | 1) * kUnit; }
 
@@ -63,7 +68,7 @@ void pack_winograd(const StageParams& p, int c_out, int c_in, float* weight) {
 }
 
 std::size_t winograd_floats(const BlockDesc& d, const Geometry& g) {
-  const int all = (g.h1 + 1) / 2 * ((g.w1 + 1) / 2), tiles = std::min(all, tiles_at_once(d));
+  const int tiles = most_tiles(d, g);
   const std::size_t planes = kWinogradPlanes * units_of(d.c_in) + kWinogradProducts * kUnitsAtOnce;
   const std::size_t patches = static_cast<std::size_t>(kPatches) * 9 * d.c_in;
   return planes * plane_floats(tiles) + 5 * (4 * static_cast<std::size_t>(tiles) + 1) * kUnit + round_line(patches);
@@ -83,7 +88,7 @@ class Convolution {
   Convolution(const BasicKernels<float>& k, const Team& t, const View& v, const BlockDesc& d, const Geometry& g, int y0,
               int y1, const GemmArgs& to, const float* weight)
       : k_(k), v_(v), d_(d), g_(g), y0_(y0), y1_(y1), to_(to), weight_(weight), ui_(units_of(d.c_in)) {
-    const int all = (g.h1 + 1) / 2 * ((g.w1 + 1) / 2), tiles = std::min(all, tiles_at_once(d));
+    const int tiles = most_tiles(d, g);
     input_ = t.local;
     sums_ = input_ + kWinogradPlanes * ui_ * plane_floats(tiles);
     rows_ = sums_ + kWinogradProducts * kUnitsAtOnce * plane_floats(tiles);
