@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mnv4_ops import cli_bench
 from mnv4_ops.cli_common import (
@@ -74,36 +75,39 @@ def _print_info(console: Console, facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+
+    def row(name: str, value: str) -> None:
+        # "mnv4-ops[bench]" is no markup
+        table.add_row(name, Text(value))
+
     native, cpu, threads = facts["native"], facts["cpu"], facts["threads"]
-    table.add_row("mnv4_ops", f"{facts['version']}, {facts['python']}, {facts['platform']}")
+    row("mnv4_ops", f"{facts['version']}, {facts['python']}, {facts['platform']}")
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
-    table.add_row("packages", packages)
-    table.add_row("native library", str(native["file"]) if native["loaded"] else f"missing: {native['reason']}")
+    row("packages", packages)
+    row("native library", str(native["file"]) if native["loaded"] else f"missing: {native['reason']}")
     if native["build"]:
         build = native["build"]
-        table.add_row("built with", f"{build['compiler']}, tiers {', '.join(build['tiers'])}")
+        row("built with", f"{build['compiler']}, tiers {', '.join(build['tiers'])}")
     if cpu:
-        table.add_row("CPU", cpu["model"])
-        table.add_row("features", " ".join(cpu["features"]))
-        table.add_row("caches", ", ".join(f"{level.upper()} {_size(cpu[level])}" for level in ("l1d", "l2", "l3")))
-        table.add_row("tiers", f"{', '.join(cpu['tiers'])}; in use: {cpu['tier']}")
-    table.add_row("threads", f"torch {threads['torch']}, CPUs available {threads['cpus']}")
-    table.add_row("OpenMP runtime", native["openmp_runtime"] or "none found")
+        row("CPU", cpu["model"])
+        row("features", " ".join(cpu["features"]))
+        row("caches", ", ".join(f"{level.upper()} {_size(cpu[level])}" for level in ("l1d", "l2", "l3")))
+        row("tiers", f"{', '.join(cpu['tiers'])}; in use: {cpu['tier']}")
+    row("threads", f"torch {threads['torch']}, CPUs available {threads['cpus']}")
+    row("OpenMP runtime", native["openmp_runtime"] or "none found")
     for gpu in facts["gpus"]:
-        table.add_row(f"GPU {gpu['index']}", f"{gpu['name']} ({_size(gpu['memory_bytes'])}, {gpu['capability']})")
+        row(f"GPU {gpu['index']}", f"{gpu['name']} ({_size(gpu['memory_bytes'])}, {gpu['capability']})")
         tables = [f"{gpu['tuned'][kind]} entries {kind}" for kind in ("shipped", "own") if gpu["tuned"][kind]]
-        table.add_row(
-            "tuned", ", ".join(tables) or "no table for this GPU, a formula is used (`mnv4-ops tune` makes one)"
-        )
+        row("tuned", ", ".join(tables) or "no table for this GPU, a formula is used (`mnv4-ops tune` makes one)")
     if not facts["gpus"]:
-        table.add_row("GPU", "none")
-    table.add_row("GPU kernels", facts["gpu_kernels"] or "available: float16, bfloat16, float32")
+        row("GPU", "none")
+    row("GPU kernels", facts["gpu_kernels"] or "available: float16, bfloat16, float32")
     for name, value in facts["environment"].items():
-        table.add_row(name, value)
+        row(name, value)
     for name, reason in facts["peers"].items():
-        table.add_row(f"peer {name}", reason or "available")
+        row(f"peer {name}", reason or "available")
     for problem in facts["problems"]:
-        table.add_row("missing", problem)
+        row("missing", problem)
     console.print(table)
 
 

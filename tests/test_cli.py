@@ -15,7 +15,7 @@ import torch
 from isolate_helpers import say
 from typer.testing import CliRunner
 
-from mnv4_ops import _native, check
+from mnv4_ops import _native, check, cli
 from mnv4_ops.bench import blocks, cell, gate, inputs, isolate, machine, report, timing
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.peers import PEERS
@@ -50,6 +50,11 @@ def test_info_shows_and_writes(tmp_path: Path) -> None:
     if _native.core is not None:
         assert facts["cpu"]["tier"] in facts["cpu"]["tiers"]
         assert facts["cpu"]["tier"] in result.stdout
+
+
+def test_info_shows_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_peer_reasons", lambda: {"litert": "pip install 'mnv4-ops[litert]'"})
+    assert "pip install 'mnv4-ops[litert]'" in runner.invoke(app, ["info"]).stdout
 
 
 def test_info_json_on_stdout_is_nothing_but_json() -> None:
