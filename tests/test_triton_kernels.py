@@ -156,6 +156,50 @@ def test_a_table_holds_what_it_claims(name: str) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(("structure", "kind"), [("stem", "sliced"), ("ExtraDW", "channels_last")])
+def test_chunks_of_a_batch_give_the_same(structure: str, kind: str, tmp_path: Path) -> None:
+    """Scratch above the limit makes chunks, also of an input that is read by its strides."""
+    desc: dict[str, Any] = (
+        {"c_in": 4, "c_mid": 24, "c_out": 16, "expand": True, "expand_kernel": 3, "expand_stride": 2, "project": True}
+        if structure == "stem"
+        else {
+            "c_in": 16, "c_mid": 32, "c_out": 16, "start_kernel": 3, "expand": True, "mid_kernel": 3, "project": True,
+            "residual": True,
+        }
+    )  # fmt: skip
+    run = """
+import sys, torch
+from mnv4_ops.triton_kernels import block as module
+from mnv4_ops.triton_kernels.block import Block
+torch.manual_seed(0)
+desc, kind = eval(sys.argv[1]), sys.argv[2]
+b = Block(dtype=torch.float32, device="cpu", **desc)
+for stage, p in b.packed.items():
+    b.pack(stage, torch.randn(p.c_out, 1 if p.depthwise else p.c_in, p.kernel, p.kernel))
+choice = b.by_formula(5, 8, 8, True)
+if kind == "sliced":
+    choice = {"fused": False, "chunk": 0, "ops": [b._formula(op, 5, 8, 8, True) for op in b.ops]}
+b.choice = choice
+x = torch.randn(10, desc["c_in"], 8, 8)
+x = x[::2] if kind == "sliced" else x[:5].contiguous(memory_format=torch.channels_last)
+outs, launches = [], []
+for limit in (1 << 40, 4096):
+    module.SCRATCH = limit
+    b._plans.clear()
+    out = torch.full(b.output_shape(5, 8, 8), float("nan")).to(memory_format=torch.channels_last)
+    b.run(x, out)
+    outs.append(out)
+    launches.append(len(next(iter(b._plans.values())).launches))
+assert torch.equal(*outs), (outs[0] - outs[1]).abs().max()
+assert launches[1] > launches[0], launches
+assert outs[0].isfinite().all()
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", run, repr(desc), kind]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def _ledger() -> list[Any]:
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
     from gpu_blocks import blocks
