@@ -123,9 +123,14 @@ class _Runner:
             return
         if plan is None:
             plan = self.prepare(n, h, w, allow_tf32, strides)
+        self._keep(key, self.settle(plan, x, out, allow_tf32, strides))
+
+    def settle(self, plan: Plan, x: Tensor, out: Tensor, allow_tf32: int, strides: Any = None) -> Plan:
+        """Runs a plan, or one of smaller tiles where the device has no room for its own; the plan that ran."""
+        n, _, h, w = x.shape
         while (failed := self._start(plan, x, out)) is not None:
             plan = self.plan(n, h, w, plan.smaller(failed), allow_tf32, strides)
-        self._keep(key, plan)
+        return plan
 
     def _keep(self, key: tuple, plan: Plan) -> None:
         self._plans[key] = plan

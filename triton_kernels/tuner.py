@@ -249,13 +249,8 @@ class _Timed:
 
     def fitting(self, choice: Config) -> Config:
         """The choice with tiles that the device has room for, as a first call finds them."""
-        while True:
-            plan = self.runner.plan(self.n, self.h, self.w, choice, self.tf32)
-            self.scratch = torch.zeros(max(plan.scratch, 1), dtype=torch.uint8, device=self.x.device)
-            failed = self.runner._launch(plan, self.x, self.out, self.scratch)
-            if failed is None:
-                return choice
-            choice = plan.smaller(failed)
+        plan = self.runner.plan(self.n, self.h, self.w, choice, self.tf32)
+        return self.runner.settle(plan, self.x, self.out, self.tf32).choice
 
     def time(self, launches: Sequence[Launch]) -> float:
         base = {

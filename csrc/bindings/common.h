@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/call.h"
@@ -102,6 +103,25 @@ StageParams stage_params(Address weight, Address bias, Address bn_weight, Addres
 template <class T>
 void run_ops(const BasicOps<T>& ops, BasicPlans<T>* plans, Address x, int n, int h, int w, const Strides& s,
              Address out, Address workspace, int threads, double* seconds = nullptr);
+
+/// What all operations have alike; blobs are of float32, of kind `kind`.
+template <class T, class B>
+void bind_rest(py::class_<B>& bound, std::uint32_t kind) {
+  bound
+      .def(
+          "run",
+          [](const B& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
+            run_ops<T>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
+          },
+          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
+          py::arg("threads"))
+      .def("scratch_bytes", &scratch_bytes<T, B>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
+      .def_property_readonly("packed_bytes", [](const B& b) { return b.blob_floats() * sizeof(float); });
+  if constexpr (std::is_same_v<T, float>) {
+    bound.def("export_blob", [kind](const B& b) { return export_blob(b, kind); })
+        .def("import_blob", [kind](B& b, const py::bytes& blob) { import_blob(b, kind, blob); }, py::arg("blob"));
+  }
+}
 
 // Program keeps the Python objects of its ops alive. Its plans are asked for under the GIL.
 template <class T>

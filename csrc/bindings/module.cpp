@@ -92,7 +92,7 @@ double fma_peak(int threads, double seconds) {
   return sum;
 }
 
-// Blocks, heads and programs over elements T; blobs are of float32.
+// Blocks, heads and programs over elements T.
 template <class T>
 void bind_block(py::module_& m, const char* name) {
   using B = BasicBlock<T>;
@@ -143,20 +143,8 @@ void bind_block(py::module_& m, const char* name) {
             const Geometry g = geometry(b.desc(), h, w);
             return py::make_tuple(n, b.desc().c_out, g.h2, g.w2);
           },
-          py::arg("n"), py::arg("h"), py::arg("w"))
-      .def(
-          "run",
-          [](const B& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops<T>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
-          },
-          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
-          py::arg("threads"))
-      .def("scratch_bytes", &scratch_bytes<T, B>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def_property_readonly("packed_bytes", [](const B& b) { return b.blob_floats() * sizeof(float); });
-  if constexpr (std::is_same_v<T, float>) {
-    bound.def("export_blob", [](const B& b) { return export_blob(b, 1); })
-        .def("import_blob", [](B& b, const py::bytes& blob) { import_blob(b, 1, blob); }, py::arg("blob"));
-  }
+          py::arg("n"), py::arg("h"), py::arg("w"));
+  bind_rest<T>(bound, 1);
 }
 
 template <class T>
@@ -186,20 +174,8 @@ void bind_head(py::module_& m, const char* name) {
           },
           py::arg("stage"), py::arg("weight"), py::arg("bias") = 0, py::arg("bn_weight") = 0, py::arg("bn_bias") = 0,
           py::arg("bn_mean") = 0, py::arg("bn_var") = 0, py::arg("eps") = 0.0, py::arg("gamma") = 0)
-      .def("output_features", &B::features)
-      .def(
-          "run",
-          [](const B& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops<T>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
-          },
-          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
-          py::arg("threads"))
-      .def("scratch_bytes", &scratch_bytes<T, B>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def_property_readonly("packed_bytes", [](const B& b) { return b.blob_floats() * sizeof(float); });
-  if constexpr (std::is_same_v<T, float>) {
-    bound.def("export_blob", [](const B& b) { return export_blob(b, 2); })
-        .def("import_blob", [](B& b, const py::bytes& blob) { import_blob(b, 2, blob); }, py::arg("blob"));
-  }
+      .def("output_features", &B::features);
+  bind_rest<T>(bound, 2);
 }
 
 template <class T>

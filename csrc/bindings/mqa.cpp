@@ -35,7 +35,8 @@ void attention(Address q, const Strides& q_strides, Address k, const Strides& k_
 }  // namespace
 
 void bind_mqa(py::module_& m) {
-  py::class_<Mqa>(m, "MobileMQA")
+  py::class_<Mqa> bound(m, "MobileMQA");
+  bound
       .def(py::init([](int c, int heads, int key_dim, int value_dim, int kv_kernel, int kv_stride, int query_stride,
                        bool norm, bool query_norm, const std::string& padding, bool residual) {
              MqaDesc d;
@@ -79,18 +80,8 @@ void bind_mqa(py::module_& m) {
             const MqaGeometry g = geometry(b.desc(), h, w);
             return py::make_tuple(n, b.desc().c, g.ho, g.wo);
           },
-          py::arg("n"), py::arg("h"), py::arg("w"))
-      .def(
-          "run",
-          [](const Mqa& b, Address x, int n, int h, int w, const Strides& strides, Address out, int threads) {
-            run_ops<float>({&b}, nullptr, x, n, h, w, strides, out, 0, threads);
-          },
-          py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("strides"), py::arg("out"),
-          py::arg("threads"))
-      .def("scratch_bytes", &scratch_bytes<float, Mqa>, py::arg("h"), py::arg("w"), py::arg("threads") = 1)
-      .def_property_readonly("packed_bytes", [](const Mqa& b) { return b.blob_floats() * sizeof(float); })
-      .def("export_blob", [](const Mqa& b) { return export_blob(b, 3); })
-      .def("import_blob", [](Mqa& b, const py::bytes& blob) { import_blob(b, 3, blob); }, py::arg("blob"));
+          py::arg("n"), py::arg("h"), py::arg("w"));
+  bind_rest<float>(bound, 3);
 
   m.def("attention", &attention, py::arg("q"), py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
         py::arg("v_strides"), py::arg("out"), py::arg("out_strides"), py::arg("n"), py::arg("heads"), py::arg("nq"),

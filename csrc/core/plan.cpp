@@ -10,11 +10,6 @@ namespace {
 constexpr std::size_t kSmallL2 = 1 << 20;  // bytes; measured with 512 KiB; with 1 MiB bands are seldom thin
 constexpr int kThin = 64;  // output pixels of a band below which reading the weights again costs more than it saves
 
-std::size_t l2_elements(std::size_t element) { return cpu_info().l2 / element; }
-
-// scratch of one thread: a part of L2, so that weights and the block's input and output have room beside it
-std::size_t scratch_budget(std::size_t element) { return l2_elements(element) * 3 / 4; }
-
 }  // namespace
 
 // Three ways, in this order: all rows at once in chunks of units (weights are read once); bands of rows over a ring
@@ -22,9 +17,11 @@ std::size_t scratch_budget(std::size_t element) { return l2_elements(element) * 
 // may take more than their part of L2 where that spares the next way.
 template <class T>
 Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
-  const std::size_t budget = scratch_budget(sizeof(T)) * team;
+  const std::size_t l2 = cpu_info().l2 / sizeof(T);
+  // scratch: a part of L2, so that weights and the block's input and output have room beside it
+  const std::size_t budget = l2 * 3 / 4 * team;
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);
-  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid);
+  const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid), winograd = winograd_ > 0 && has_winograd();
   const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
   const std::size_t pitch1 = static_cast<std::size_t>(g.left1) + g.w + g.right1;
   const std::size_t pitch2 = static_cast<std::size_t>(g.left2 + g.w1 + g.right2) * kUnit;
@@ -40,7 +37,7 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
     } else if (dense) {
       const std::size_t patches = static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in;
       p.local = round_line(copies_rows(d_) ? copied_floats(d_, g, band) : patches);
-      if (winograd_ > 0 && has_winograd()) p.local += winograd_floats(d_, g);
+      if (winograd) p.local += winograd_floats(d_, g);
     }
     if (mid) {
       p.ring_rows = rows1;
@@ -49,16 +46,16 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
     if (d_.project && d_.expand) p.middle = static_cast<std::size_t>(chunk) * band * g.w2 * kUnit;
     return p;
   };
-  auto fits = [&](const Plan& p) { return p.shared() + p.local * team <= budget; };
+  auto fits = [&](const Plan& p, std::size_t room) { return p.shared() + p.local * team <= room; };
   // parts of equal height; Winograd computes pairs of rows
   auto even_band = [&](int band) {
     const int parts = (rows + band - 1) / band, each = (rows + parts - 1) / parts;
-    return winograd_ > 0 && has_winograd() && each < rows ? each + each % 2 : each;
+    return winograd && each < rows ? each + each % 2 : each;
   };
 
   // the project stage sums chunk by chunk: a chunk ends where a block of the sum does, so that no plan changes a result
-  const bool whole = d_.c_mid <= kSumWhole || sizeof(T) != sizeof(float);  // 16 bits cannot hold parts of a sum
-  const int grain = whole ? ue : kSumBlock / kUnit;
+  const bool one_sum = d_.c_mid <= kSumWhole || sizeof(T) != sizeof(float);  // 16 bits cannot hold parts of a sum
+  const int grain = one_sum ? ue : kSumBlock / kUnit;
   const int most = (ue + grain - 1) / grain * grain;
   Plan none;
   none.band = 0;
@@ -66,34 +63,36 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
   auto all_rows = [&](std::size_t room) {
     for (int chunk = most; chunk >= grain; chunk -= grain) {
       const Plan p = sizes(rows, std::min(chunk, ue), false);
-      if (p.shared() + p.local * team <= room) return p;
+      if (fits(p, room)) return p;
     }
     return none;
   };
   auto bands = [&] {
     for (int band = rows; band >= 1; --band) {
       const Plan p = sizes(even_band(band), ue, mid);
-      if (fits(p)) return p;
+      if (fits(p, budget)) return p;
     }
     return none;
   };
-  const Plan fitting = all_rows(budget), ring = fitting.band > 0 ? fitting : bands();
+  const Plan whole = all_rows(budget);
+  if (whole.band > 0) return whole;
+  const Plan ring = bands();
   if (ring.band * g.w2 >= kThin) return ring;
   if (ring.band < rows && cpu_info().l2 < kSmallL2) {
     // thin products read all weights for a few pixels: a scratch of a little more than L2 costs less
-    const Plan p = all_rows(l2_elements(sizeof(T)) * team * 5 / 4);
+    const Plan p = all_rows(l2 * team * 5 / 4);
     if (p.band > 0) return p;
   }
   if (ring.band > 0) return ring;
   if (mid) {
     // all of L2 for one row costs less than rows that are computed again
     const Plan p = sizes(1, ue, true);
-    if (p.shared() + p.local * team <= l2_elements(sizeof(T)) * team) return p;
+    if (fits(p, l2 * team)) return p;
   }
   for (int band = std::min(rows, 8); band >= 1; --band) {
     for (int chunk = most; chunk >= grain; chunk -= grain) {
       const Plan p = sizes(band, std::min(chunk, ue), false);
-      if (fits(p)) return p;
+      if (fits(p, budget)) return p;
     }
   }
   return sizes(1, std::min(grain, ue), false);  // a single row is wider than the budget

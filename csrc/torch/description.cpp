@@ -1,13 +1,9 @@
 #include "torch/description.h"
 
 #include <charconv>
-#include <stdexcept>
-#include <string>
 
 namespace mnv4 {
 namespace {
-
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("mnv4::native_program: " + what); }
 
 int number(std::string_view text) {
   int value = 0;

@@ -11,12 +11,18 @@
 
 #include <array>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include "core/program.h"
 
 namespace mnv4 {
+
+[[noreturn]] inline void refuse(const std::string& what) {
+  throw std::invalid_argument("mnv4::native_program: " + what);
+}
 
 /// Tensors of a stage in the order in which they are written.
 inline constexpr int kStageTensors = 7;

@@ -21,8 +21,6 @@ constexpr std::size_t kKept = 16;      // packed programs
 constexpr std::int64_t kWhole = 8192;  // floats up to which a tensor is compared as a whole
 constexpr int kSamples = 16;           // numbers of a larger tensor that are looked at in every call
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("mnv4::native_program: " + what); }
-
 struct Array {
   const float* p = nullptr;
   std::int64_t count = 0;   // elements
@@ -250,11 +248,8 @@ void native_program(Value* stack, std::uint64_t, std::uint64_t) {
   const std::shared_ptr<Packed> packed = find_or_make(text, eps, arrays, handles);
 
   const Array input = array_of(x.get(), "x");
-  std::int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
-  require(f.aoti_torch_get_dim(x.get(), &dims), "x");
+  const auto [dims, sizes, strides] = Strided(x.get(), "x");
   if (dims != 4) refuse("expected x with 4 dimensions [N, C, H, W], got " + std::to_string(dims));
-  require(f.aoti_torch_get_sizes(x.get(), &sizes), "x");
-  require(f.aoti_torch_get_strides(x.get(), &strides), "x");
   const int n = small(sizes[0], "images"), h = small(sizes[2], "rows"), w = small(sizes[3], "columns");
   if (sizes[1] != input_channels(packed->ops[0]))
     refuse("expected x with " + std::to_string(input_channels(packed->ops[0])) + " channels, got " +
