@@ -63,14 +63,10 @@ struct NeonPair {
 #include "kernels/strided_winograd.h"
 #include "kernels/table.h"
 
-// 32 registers: 5 pixels x 4 vectors of accumulators, 5 of the pixels' terms, 4 of weights; g++ 12 spills some of them
+// 32 registers: 5 pixels x 4 vectors of accumulators, 5 of the pixels' terms, 4 of weights
 struct Config {
   using V = VecNeon;
-#if defined(__clang__)
   static constexpr int kTallUnits = 1, kTallRows = 5;
-#else
-  static constexpr int kTallUnits = 1, kTallRows = 4;
-#endif
   static constexpr int kWideUnits = 2, kWideRows = 2;
   // 16 registers of sums, 6 or 10 of taps, 2 of a pixel
   using Pair = NeonPair;

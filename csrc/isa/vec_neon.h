@@ -14,7 +14,13 @@ struct VecNeon {
   static MNV4_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f32(c, a, b); }
   template <int I>
   static MNV4_INLINE reg fma_lane(reg a, reg b, reg c) {
+#if defined(__clang__)
     return vfmaq_laneq_f32(c, a, b, I);
+#else
+    // g++ 12 would let sums wander from register to register: copies, and with 20 of them spills
+    asm("fmla %0.4s, %1.4s, %2.s[%3]" : "+w"(c) : "w"(a), "w"(b), "i"(I));
+    return c;
+#endif
   }
   template <int I>
   static MNV4_INLINE reg mul_lane(reg a, reg b) {
