@@ -12,8 +12,6 @@ python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results}
 mkdir -p "$out"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-# also what users get only on request until it has run on a GPU
-export MNV4_OPS_GPU_EXPERIMENTAL=${MNV4_OPS_GPU_EXPERIMENTAL:-1}
 
 build() {
   local start=$SECONDS folder=build/in-place

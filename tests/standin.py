@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnv4_ops import graphs
-from mnv4_ops.adapters import blocks
 from mnv4_ops.ops import backends, cuda, layout
 from mnv4_ops.reference import functional as R
 
@@ -191,7 +190,6 @@ def serving_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         patch.setitem(layout.DTYPES, "cpu", DTYPES)
         patch.setattr(cuda, "unavailable", lambda: None)
         patch.setattr(cuda, "kernels", lambda: types.SimpleNamespace(Block=Block, Head=Head, MobileMQA=MobileMQA))
-        patch.setattr(blocks, "MQA_DEVICES", ())  # as on a GPU
         patch.setattr(graphs, "_usable", lambda x: x.shape[0] > 0)
         patch.setattr(graphs, "_open", Device)
         patch.setattr(graphs, "_pools", {})

@@ -282,9 +282,9 @@ def test_training_forwards_are_noticed_by_the_raw_ops() -> None:
 
 @DTYPES
 def test_raw_ops(dtype: torch.dtype) -> None:
-    from test_ops import GPU_CASES, expected
+    from test_ops import CASES, expected
 
-    for op, case in GPU_CASES.items():
+    for op, case in CASES.items():
         channels, params, eps, args = case()
         params = [None if p is None else p.to(dtype) for p in params]
         x = image(dtype, 2, channels, 6, 7)
@@ -309,10 +309,10 @@ def test_a_pool_without_weights() -> None:
 
 @DTYPES
 def test_ops_on_fake_gpu_tensors(dtype: torch.dtype) -> None:
-    from test_ops import GPU_CASES
+    from test_ops import CASES
 
     with FakeTensorMode() as mode:
-        for op, case in GPU_CASES.items():
+        for op, case in CASES.items():
             channels, params, eps, args = case()
             params = [None if p is None else mode.from_tensor(p).to("cuda", dtype) for p in params]
             x = torch.empty(2, channels, 6, 7, dtype=dtype, device="cuda")
@@ -325,9 +325,9 @@ def test_ops_on_fake_gpu_tensors(dtype: torch.dtype) -> None:
 
 
 def test_opcheck_in_half() -> None:
-    from test_ops import GPU_CASES
+    from test_ops import CASES
 
-    for op, case in GPU_CASES.items():
+    for op, case in CASES.items():
         channels, params, eps, args = case()
         params = [None if p is None else p.half() for p in params]
         torch.library.opcheck(getattr(torch.ops.mnv4, op).default, (image(HALF, 2, channels, 5, 6), params, eps, *args))

@@ -20,7 +20,6 @@ CODE = """
 import copy, pytest, timm, torch
 import mnv4_ops, standin
 import mnv4_ops.triton_kernels as kernels
-from mnv4_ops.adapters import blocks
 from mnv4_ops.ops import cuda
 from mnv4_ops.reference import randomize_
 from rule import assert_2x
@@ -43,7 +42,6 @@ ATTENTION = """
 import copy, pytest, torch
 import mnv4_ops, standin
 import mnv4_ops.triton_kernels as kernels
-from mnv4_ops.adapters import blocks
 from mnv4_ops.ops import cuda
 from mnv4_ops.reference import randomize_
 from rule import assert_2x
@@ -54,7 +52,6 @@ model = torch.nn.Sequential(MobileAttention(24, 24, kv_stride=2, **more), Mobile
 model = randomize_(model).eval()
 with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode():
     patch.setattr(cuda, "kernels", lambda: kernels)
-    patch.setattr(blocks, "MQA_DEVICES", ("cpu",))
     for dtype, size in [(torch.float16, (2, 24, 7, 6)), (torch.float32, (1, 24, 5, 8))]:
         model = model.to(dtype)
         x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -298,9 +298,9 @@ def test_host_time_of_a_small_model() -> None:
 
 
 def test_raw_ops_and_compiled_models() -> None:
-    from test_ops import GPU_CASES, expected
+    from test_ops import CASES, expected
 
-    for op, case in GPU_CASES.items():
+    for op, case in CASES.items():
         channels, params, eps, args = case()
         for dtype in (HALF, torch.float32):
             given = [None if p is None else p.to("cuda", dtype) for p in params]

@@ -70,8 +70,6 @@ CASES: dict[str, Any] = {
     "head": lambda: (12, head_params(12), [1e-5, 1e-5, 0.0], ("relu",)),
     "mobile_mqa": lambda: (20, *mqa_params(20, 3, 16, 24, 2, 1), (3, 2, 1, "symmetric", True)),
 }
-# the ops that a GPU has kernels for
-GPU_CASES = {op: case for op, case in CASES.items() if op not in ops.CPU_ONLY}
 
 
 def mqa_params(c: int, heads: int, key_dim: int, value_dim: int, kv_stride: int, query_stride: int) -> Any:

@@ -99,6 +99,54 @@ def test_packing_again_keeps_the_memory() -> None:
     assert block.packed[3].w[:8, :12].eq(1).all()
 
 
+def test_to_tf32_rounds_to_the_nearest() -> None:
+    from mnv4_ops.triton_kernels.plan import to_tf32
+
+    x = torch.randn(10000) * 2.0 ** torch.randint(-40, 40, (10000,))
+    unit = 2.0 ** (x.abs().log2().floor() - 10)
+    got = to_tf32(x)
+    assert ((got - x).abs() <= unit / 2).all()
+    assert (got / unit).frac().eq(0).all()
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1 + 2.0**-11, -1 - 2.0**-11])
+    assert to_tf32(special).tolist() == [0.0, -0.0, float("inf"), -float("inf"), 1 + 2.0**-10, -1 - 2.0**-10]
+    assert to_tf32(torch.tensor([float("nan")])).isnan().all()
+
+
+def test_the_rounded_matrix_follows_the_packed_one() -> None:
+    from mnv4_ops.triton_kernels.plan import Packed, to_tf32
+
+    packed = Packed(12, 8, 1, False, torch.float32, "cpu")
+    for seed in range(2):
+        weight = torch.randn(12, 8, 1, 1, generator=torch.Generator().manual_seed(seed))
+        packed.fill(weight, None, None, None, None, None, 0.0, None)
+        matrix = packed.matrix("tf32")
+        assert torch.equal(matrix, to_tf32(packed.w))
+        assert not torch.equal(matrix, packed.w)
+        assert packed.matrix("ieee") is packed.w
+    assert matrix.data_ptr() == packed.matrix("tf32").data_ptr()
+
+
+@pytest.mark.parametrize("structure", ["pointwise", "ConvNext", "FusedIB", "stem"])
+def test_operands_are_rounded_for_tf32(structure: str, tmp_path: Path) -> None:
+    """The interpreter multiplies in fp32: rounded operands show as errors far above fp32's and not above tf32's."""
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from triton_cases import Case, run_case, structures
+torch.manual_seed(0)
+case = Case(torch.float32, "cpu", **structures("relu", 24, 48, 32)[sys.argv[2]])
+print(*run_case(case, 2, 9, 8), *run_case(case, 2, 9, 8, allow_tf32=1))
+"""
+    command = [sys.executable, "-c", code, str(HERE), structure]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, _, rounded, _ = map(float, done.stdout.split())
+    assert plain <= 1
+    # units of fp32's error; 2 ** 13 between the two formats, and fewer roundings
+    assert 100 < rounded < 2**13
+
+
 def test_tables_are_well_formed() -> None:
     from mnv4_ops.triton_kernels import config
 
@@ -116,7 +164,7 @@ MEASURED = {
         "float16": (("hybrid_medium", "hybrid_large"), False),
         "bfloat16": (tuple(MODELS), False),
         "float32": (tuple(MODELS), False),
-        "float32_tf32": (("conv_small",), False),
+        "float32_tf32": (("conv_small", "conv_medium", "hybrid_medium", "hybrid_large"), False),
     },
 }
 
@@ -124,7 +172,7 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_table_holds_what_it_claims(name: str) -> None:
     """Every block of the models in every batch bucket, nothing else; every entry can be planned."""
-    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    sys.path.append(str(HERE.parent / "benchmarks"))
     from gpu_blocks import blocks
     from gpu_mqa import describe
     from mnv4_ops.triton_kernels import config
@@ -201,7 +249,7 @@ assert outs[0].isfinite().all()
 
 
 def _ledger() -> list[Any]:
-    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    sys.path.append(str(HERE.parent / "benchmarks"))
     from gpu_blocks import blocks
 
     return [
@@ -227,6 +275,19 @@ class TestOnGpu:
         worst, rms = run_case(Case(dtype, "cuda", **desc), batch, h, w)
         assert worst <= 1
         assert rms <= 1
+
+    @pytest.mark.parametrize(("desc", "h", "w"), _ledger()[::4])
+    def test_tf32(self, desc: dict[str, Any], h: int, w: int) -> None:
+        """Operands are rounded as cuDNN rounds them; also after another fill of the packed matrices."""
+        from triton_cases import Case, run_case
+
+        case = Case(torch.float32, "cuda", **desc)
+        block = case.build()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            assert max(run_case(case, 2, h, w, block=block, allow_tf32=1)) <= 1
+            case = Case(torch.float32, "cuda", **desc)
+            case.pack(block)
+            assert max(run_case(case, 2, h, w, block=block, allow_tf32=1)) <= 1
 
     def test_graph_sees_new_weights(self) -> None:
         from triton_cases import Case, ib, output

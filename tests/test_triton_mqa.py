@@ -124,6 +124,26 @@ def test_what_does_not_fit_ends_with_three_small_kernels() -> None:
     assert [cfg["path"] for cfg in plan.choice["ops"]] == ["mqa_project", "attention", "pointwise"]
 
 
+def test_a_choice_of_another_size_gets_its_keys() -> None:
+    """Entries serve blocks of as many pixels: fewer keys at once than there are made code that was wrong on Hopper."""
+    from mnv4_ops.triton_kernels import mqa_config, tuner
+
+    desc = {"c": 160, "heads": 4, "key_dim": 64, "value_dim": 64, "kv_stride": 2, "residual": True}
+    runner = tuner.make(desc, torch.float16, "cpu")
+    choice = mqa_config.formula(runner, 256, 16, 16)
+    whole = choice["ops"][1]
+    assert (whole["path"], whole["keys0"]) == ("mqa", 64)
+    fitted = mqa_config.fitted(choice, 28 * 28, 14 * 14)
+    assert fitted is not None
+    assert fitted["ops"][1]["keys0"] + fitted["ops"][1]["keys1"] >= 196
+    runner.plan(32, 28, 28, fitted)
+    with pytest.raises(ValueError, match="196 keys at once"):
+        runner.plan(32, 28, 28, choice)
+    with pytest.raises(ValueError, match="two stages"):
+        runner.plan(256, 16, 16, {**choice, "ops": [choice["ops"][0], {**whole, "stages": 1}]})
+    assert mqa_config.fitted(choice, 64 * 64, 32 * 32) is None
+
+
 class TestOnGpu:
     pytestmark = gpu
 
@@ -153,6 +173,17 @@ class TestOnGpu:
         torch.backends.cuda.matmul.allow_tf32 = False
         q, k, v = attention_inputs(shape, dtype, "cuda", layout)  # type: ignore[arg-type]
         assert max(run_attention(q, k, v, repeats=2)) <= 1
+
+    @pytest.mark.parametrize("name", list(hybrid_shapes())[::3])
+    def test_tf32(self, name: str) -> None:
+        s, side = hybrid_shapes()[name]
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+                assert max(run_mqa(MQACase(s, torch.float32, "cuda"), 2, side, side, allow_tf32=3)) <= 1
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
 
     def test_graph_sees_new_weights(self) -> None:
         from triton_cases import output

@@ -128,7 +128,7 @@ def judge(out: Tensor, plain: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def run_case(
-    case: Case, n: int, h: int, w: int, layout: str = "channels_last", block: Any = None
+    case: Case, n: int, h: int, w: int, layout: str = "channels_last", block: Any = None, allow_tf32: int = 0
 ) -> tuple[float, float]:
     block = block or case.build()
     x = torch.randn(n, case.desc["c_in"], h, w, device=case.device).to(case.dtype)
@@ -137,9 +137,9 @@ def run_case(
     elif layout == "sliced":
         x = torch.randn(n, case.desc["c_in"] + 1, h, w + 2, device=case.device).to(case.dtype)[:, 1:, :, 1:-1]
     out = output(block, n, h, w, case.dtype, case.device)
-    block.run(x, out)
+    block.run(x, out, allow_tf32=allow_tf32)
     again = output(block, n, h, w, case.dtype, case.device)
-    block.run(x, again)
+    block.run(x, again, allow_tf32=allow_tf32)
     assert torch.equal(out, again), "two runs differ"
     return judge(out, case.reference(x, case.dtype), case.reference(x, torch.float64))
 

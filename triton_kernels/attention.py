@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters
+from .common import clear_counters, rounded
 
 
 @triton.jit
@@ -25,9 +25,28 @@ def load_rows(p, i_n, N, S_N, S_D, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
+def load_pieces(p, i_n, N, S_N, S_D, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, PIECE: tl.constexpr):
+    """`load_rows` in pieces of PIECE channels."""
+    b = ()
+    for i_d in tl.static_range(0, DP, PIECE):
+        b = b + (load_rows(p + i_d * S_D, i_n, N, S_N, S_D, D - i_d, PIECE, BLOCK_N),)
+    return b
+
+
+@triton.jit
+def _product(b_a, b_b, PRECISION: tl.constexpr):
+    return tl.dot(rounded(b_a, PRECISION), rounded(b_b, PRECISION), input_precision=PRECISION)
+
+
+@triton.jit
 def scores(b_q, b_k, i_n, N, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """q k^T, [BLOCK_P, BLOCK_N] fp32, -inf beyond N."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    """q k^T, [BLOCK_P, BLOCK_N] fp32, -inf beyond N; `b_q` and `b_k` are tuples of pieces of the channels.
+
+    The sums of the pieces meet in an fma: a plain addition the compiler makes the start of the next product's chain.
+    """
+    b_s = _product(b_q[0], tl.trans(b_k[0]), PRECISION)
+    for t in tl.static_range(1, len(b_q)):
+        b_s = tl.fma(b_s, 1.0, _product(b_q[t], tl.trans(b_k[t]), PRECISION))
     return tl.where((i_n + tl.arange(0, BLOCK_N) < N)[None, :], b_s, float("-inf"))
 
 
@@ -39,8 +58,8 @@ def finite_max(b_m):
 
 @triton.jit
 def attend(
-    b_q,  # [BLOCK_P, DKP]
-    b_k0,  # [KEYS0, DKP]
+    b_q,  # pieces of [BLOCK_P, DKP]
+    b_k0,  # pieces of [KEYS0, DKP]
     b_v0,  # [KEYS0, DVP]
     b_k1,
     b_v1,
@@ -59,11 +78,12 @@ def attend(
     b_m = finite_max(b_m) * scale
     b_p0 = tl.exp2(b_s0 * scale - b_m[:, None])
     b_l = tl.sum(b_p0, 1)
-    b_o = tl.dot(b_p0.to(b_v0.dtype), b_v0, input_precision=PRECISION)
+    b_o = _product(b_p0.to(b_v0.dtype), b_v0, PRECISION)
     if KEYS1 > 0:
         b_p1 = tl.exp2(b_s1 * scale - b_m[:, None])
         b_l += tl.sum(b_p1, 1)
-        b_o = tl.dot(b_p1.to(b_v1.dtype), b_v1, b_o, input_precision=PRECISION)
+        b_p1 = rounded(b_p1.to(b_v1.dtype), PRECISION)
+        b_o = tl.dot(b_p1, rounded(b_v1, PRECISION), b_o, input_precision=PRECISION)
     return b_o / b_l[:, None]
 
 
@@ -83,15 +103,17 @@ def attend_online(
     DV: tl.constexpr,
     DVP: tl.constexpr,
     KEYS: tl.constexpr,
+    PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """`attend` for any number of keys, KEYS at a time."""
-    b_m = tl.full([b_q.shape[0]], float("-inf"), dtype=tl.float32)
-    b_l = tl.zeros([b_q.shape[0]], dtype=tl.float32)
-    b_o = tl.zeros([b_q.shape[0], DVP], dtype=tl.float32)
+    BLOCK_P: tl.constexpr = b_q[0].shape[0]
+    b_m = tl.full([BLOCK_P], float("-inf"), dtype=tl.float32)
+    b_l = tl.zeros([BLOCK_P], dtype=tl.float32)
+    b_o = tl.zeros([BLOCK_P, DVP], dtype=tl.float32)
     for i_n in tl.range(0, N, KEYS, num_stages=STAGES):
-        b_k = load_rows(p_k, i_n, N, S_KN, S_KD, DK, DKP, KEYS)
+        b_k = load_pieces(p_k, i_n, N, S_KN, S_KD, DK, DKP, KEYS, PIECE)
         b_v = load_rows(p_v, i_n, N, S_VN, S_VD, DV, DVP, KEYS)
         b_s = scores(b_q, b_k, i_n, N, KEYS, PRECISION)
         b_next = tl.maximum(b_m, tl.max(b_s, 1))
@@ -99,7 +121,11 @@ def attend_online(
         b_p = tl.exp2(b_s * scale - b_top[:, None])
         b_old = tl.exp2(b_m * scale - b_top)
         b_l = b_l * b_old + tl.sum(b_p, 1)
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_old[:, None], input_precision=PRECISION)
+        if b_v.dtype == tl.float32:
+            # a sum of sums: one chain over all keys would have several times the rounding error
+            b_o = tl.fma(b_o, b_old[:, None], _product(b_p, b_v, PRECISION))
+        else:
+            b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_old[:, None], input_precision=PRECISION)
         b_m = b_next
     return b_o / b_l[:, None]
 
@@ -138,6 +164,7 @@ def attention_kernel(
     KEYS0: tl.constexpr,
     KEYS1: tl.constexpr,
     ONLINE: tl.constexpr,
+    PIECE: tl.constexpr,  # channels of queries and keys in one product
     PRECISION: tl.constexpr,
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
@@ -149,23 +176,25 @@ def attention_kernel(
     o_r = i_r * BLOCK_P + tl.arange(0, BLOCK_P)
     m_r = (o_r < ROWS)[:, None]
     o_outer, o_inner = o_r // INNER, o_r % INNER
-    o_d = tl.arange(0, DKP)
-    m_q = m_r
-    if DK < DKP:
-        m_q = m_q & (o_d < DK)[None, :]
-    p_q = q + i_b * S_QB + (o_outer * S_QO + o_inner * S_QI)[:, None] + o_d[None, :] * S_QD
-    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BLOCK_P, DKP]
+    p_q = q + i_b * S_QB + (o_outer * S_QO + o_inner * S_QI)[:, None]
+    b_q = ()
+    for i_d in tl.static_range(0, DKP, PIECE):
+        o_d = i_d + tl.arange(0, PIECE)
+        m_q = m_r
+        if DK < DKP:
+            m_q = m_q & (o_d < DK)[None, :]
+        b_q = b_q + (tl.load(p_q + o_d[None, :] * S_QD, mask=m_q, other=0.0),)  # [BLOCK_P, PIECE]
     p_k, p_v = k + i_b * S_KB, v + i_b * S_VB
     if ONLINE:
         b_o = attend_online(
-            b_q, p_k, p_v, NK, S_KN, S_KD, S_VN, S_VD, scale, DK, DKP, DV, DVP, KEYS0, PRECISION, STAGES
+            b_q, p_k, p_v, NK, S_KN, S_KD, S_VN, S_VD, scale, DK, DKP, DV, DVP, KEYS0, PIECE, PRECISION, STAGES
         )
     else:
-        b_k0 = load_rows(p_k, 0, NK, S_KN, S_KD, DK, DKP, KEYS0)
+        b_k0 = load_pieces(p_k, 0, NK, S_KN, S_KD, DK, DKP, KEYS0, PIECE)
         b_v0 = load_rows(p_v, 0, NK, S_VN, S_VD, DV, DVP, KEYS0)
         b_k1, b_v1 = b_k0, b_v0
         if KEYS1 > 0:
-            b_k1 = load_rows(p_k, KEYS0, NK, S_KN, S_KD, DK, DKP, KEYS1)
+            b_k1 = load_pieces(p_k, KEYS0, NK, S_KN, S_KD, DK, DKP, KEYS1, PIECE)
             b_v1 = load_rows(p_v, KEYS0, NK, S_VN, S_VD, DV, DVP, KEYS1)
         b_o = attend(b_q, b_k0, b_v0, b_k1, b_v1, NK, scale, KEYS0, KEYS1, PRECISION)
     o_v = tl.arange(0, DVP)

@@ -125,7 +125,9 @@ def build_attention(
     tiles = -(-rows // cfg["p"])
     constants = {
         "DK": dims[0], "DKP": dims[1], "DV": dims[2], "DVP": dims[3], "BLOCK_P": cfg["p"], "KEYS0": cfg["keys0"],
-        "KEYS1": cfg["keys1"], "ONLINE": cfg["keys0"] + cfg["keys1"] < nk, "PRECISION": precision, "ZERO": 0,
+        "KEYS1": cfg["keys1"], "ONLINE": cfg["keys0"] + cfg["keys1"] < nk,
+        # outside of the tensor cores short chains: torch's products have them too
+        "PIECE": 16 if q[0][2] == torch.float32 and precision == "ieee" else dims[1], "PRECISION": precision, "ZERO": 0,
         "STAGES": cfg["stages"],
     }  # fmt: skip
     scalars = {

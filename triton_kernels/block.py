@@ -307,6 +307,11 @@ class Block(_Runner):
         """Writes the block of `x` to `out` on the current stream. Scratch comes from torch's caching allocator."""
         self._run(x, out, allow_tf32)
 
+    def _precision(self, allow_tf32: int) -> str:
+        # for so few channels cuDNN has fp32 kernels alone, and a convolution of an image in tf32 would stand out
+        few = self.ops[0].kind == "dense" and self.ops[0].c_in < 16
+        return "ieee" if few else super()._precision(allow_tf32)
+
     def choose(self, n: int, h: int, w: int, allow_tf32: int = False) -> Config:
         """The configuration for one geometry: `choice`, else the device's table, else the formula."""
         if self.choice is not None:

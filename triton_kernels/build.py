@@ -140,6 +140,7 @@ def build_op(
             scalars, constants, options(cfg), taps.taps,
         )  # fmt: skip
     first = packed[stages[0]]
+    w = first.matrix(precision)
     t = taps.taps if taps else first.affine
     # the depthwise result of one program, all channels
     strip = (rows * block_j * taps.cp * first.dtype.itemsize, first.dtype) if taps else (0, None)
@@ -147,6 +148,7 @@ def build_op(
     dw = {"KERNEL": kernel, "STRIDE": stride, "DW_ACT": op.dw_act}
     if op.kind == "ffn":
         last = packed[stages[1]]
+        w_last = last.matrix(precision)
         constants = {
             **depth, "M": op.c_mid, "MP": first.np, "N": op.c_out, "NP": last.np, **dw, "MID_ACT": op.mid_act,
             "ACT": op.act, "RESIDUAL": op.residual, **resident, "BLOCK_M": cfg["m"],
@@ -155,7 +157,7 @@ def build_op(
         }  # fmt: skip
         return Build(
             ffn_kernel, (tiles, 1, 1),
-            lambda p, c, z, s: [x, t, first.w, first.affine, last.w, last.affine, out, s if taps else x],
+            lambda p, c, z, s: [x, t, w, first.affine, w_last, last.affine, out, s if taps else x],
             scalars, constants, options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     if cfg["path"] == "expand":
@@ -168,7 +170,7 @@ def build_op(
         }  # fmt: skip
         return Build(
             expand_kernel, (tiles, -(-op.c_out // cfg["n_program"]), 1),
-            lambda p, c, z, s: [x, t, first.w, first.affine, out, s if taps else x, z],
+            lambda p, c, z, s: [x, t, w, first.affine, out, s if taps else x, z],
             scalars, constants, options(cfg), first.affine, strip=strip,
         )  # fmt: skip
     block_n = cfg["n0"] + cfg["n1"]
@@ -185,7 +187,7 @@ def build_op(
     }  # fmt: skip
     return Build(
         pointwise_kernel, (tiles, -(-op.c_out // block_n), split),
-        lambda p, c, z, s: [x, t, first.w, first.affine, residual, out, p, s if with_strip else x, c, z],
+        lambda p, c, z, s: [x, t, w, first.affine, residual, out, p, s if with_strip else x, c, z],
         scalars, constants, options(cfg), first.affine, split, rows * block_j * block_n,
         strip=strip if with_strip else (0, None),
     )  # fmt: skip
@@ -205,6 +207,7 @@ def _build_dense(
     first = packed[op.stages[0]]
     project = len(op.stages) > 1
     last = packed[op.stages[-1]]
+    w, w_last = first.matrix(precision), last.matrix(precision)
     n, c, y, xx = strides or (0, 1, 0, 0)
     scalars.update(S_N=n, S_Y=y, S_X=xx, S_C=c)
     m = op.c_mid if project else op.c_out
@@ -219,7 +222,7 @@ def _build_dense(
     grid = (-(-scalars["J"] // cfg["p"]), 1 if project else -(-m // block_m), 1)
     return Build(
         dense_kernel, grid,
-        lambda p, c, z, s: [x, first.w, first.affine, last.w, last.affine, residual, out, z],
+        lambda p, c, z, s: [x, w, first.affine, w_last, last.affine, residual, out, z],
         scalars, constants, options(cfg), first.affine,
     )  # fmt: skip
 
@@ -245,6 +248,6 @@ def build_pool(
     dummy = feat.affine if feat else x
     return Build(
         pool_kernel, (n, -(-width // cfg["n"]), 1),
-        lambda p, c, z, s: [x, feat.w if feat else x, feat.affine if feat else x, out, z],
+        lambda p, c, z, s: [x, feat.matrix(precision) if feat else x, feat.affine if feat else x, out, z],
         {"PIXELS": pixels}, constants, options(cfg), dummy,
     )  # fmt: skip

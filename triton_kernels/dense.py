@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, hidden_tile, store_tile
+from .common import clear_counters, hidden_tile, rounded, store_tile
 from .pointwise import RUNTIME
 
 
@@ -105,6 +105,7 @@ def dense_kernel(
             p_tap = p_x + (i_ky.to(tl.int64) * s_y + i_kx * s_x)
             b_x = tl.load(p_tap[:, None] + ((i_c + o_k) * s_c)[None, :], mask=m_x, other=0.0)
         b_w0 = tl.load(p_w + i_row * MP + tl.arange(0, BLOCK_M0)[None, :])  # [BLOCK_K, BLOCK_M0]
+        b_x = rounded(b_x, PRECISION)
         b_acc0 = tl.dot(b_x, b_w0, b_acc0, input_precision=PRECISION)
         if BLOCK_M1 > 0:
             b_w1 = tl.load(p_w + i_row * MP + BLOCK_M0 + tl.arange(0, BLOCK_M1)[None, :])
@@ -114,6 +115,7 @@ def dense_kernel(
         o_m = tl.arange(0, BLOCK_M0)
         o_n0 = tl.arange(0, BLOCK_N0)[None, :]
         b_h0 = hidden_tile(b_acc0, affine, 0, M, MP, BLOCK_M0, MID_ACT, M >= BLOCK_M0).to(DTYPE)
+        b_h0 = rounded(b_h0, PRECISION)
         b_y0 = tl.dot(b_h0, tl.load(w_project + o_m[:, None] * NP + o_n0), input_precision=PRECISION)
         if BLOCK_N1 > 0:
             o_n1 = BLOCK_N0 + tl.arange(0, BLOCK_N1)[None, :]
@@ -121,6 +123,7 @@ def dense_kernel(
         if BLOCK_M1 > 0:
             o_m1 = BLOCK_M0 + tl.arange(0, BLOCK_M1)
             b_h1 = hidden_tile(b_acc1, affine, BLOCK_M0, M, MP, BLOCK_M1, MID_ACT, M == BLOCK_M0 + BLOCK_M1).to(DTYPE)
+            b_h1 = rounded(b_h1, PRECISION)
             b_y0 = tl.dot(b_h1, tl.load(w_project + o_m1[:, None] * NP + o_n0), b_y0, input_precision=PRECISION)
             if BLOCK_N1 > 0:
                 b_y1 = tl.dot(b_h1, tl.load(w_project + o_m1[:, None] * NP + o_n1), b_y1, input_precision=PRECISION)

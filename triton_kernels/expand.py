@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, depthwise_tile, hidden_tile, store_tile, tile_columns, tile_pixels
+from .common import clear_counters, depthwise_tile, hidden_tile, rounded, store_tile, tile_columns, tile_pixels
 from .pointwise import RUNTIME
 
 
@@ -117,7 +117,7 @@ def expand_kernel(
         b_acc = tl.zeros([ROWS * BLOCK_J, BLOCK_N], dtype=tl.float32)
         for t in tl.static_range((C + BLOCK_K - 1) // BLOCK_K):
             b_w = tl.load(p_w + t * BLOCK_K * NP + i_n)  # [BLOCK_K, BLOCK_N]
-            b_acc = tl.dot(b_tiles[t], b_w, b_acc, input_precision=PRECISION)
+            b_acc = tl.dot(rounded(b_tiles[t], PRECISION), b_w, b_acc, input_precision=PRECISION)
         store_tile(b_acc, affine, x, out, o_p, m_p, i_n, N, NP, BLOCK_N, ACT, False)
 
 
@@ -180,8 +180,9 @@ def ffn_kernel(
         b_h = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float32)
         for t in tl.static_range((C + BLOCK_K - 1) // BLOCK_K):
             b_we = tl.load(p_we + t * BLOCK_K * MP + i_m)  # [BLOCK_K, BLOCK_M]
-            b_h = tl.dot(b_tiles[t], b_we, b_h, input_precision=PRECISION)
+            b_h = tl.dot(rounded(b_tiles[t], PRECISION), b_we, b_h, input_precision=PRECISION)
         b_h16 = hidden_tile(b_h, affine_expand, i_m, M, MP, BLOCK_M, MID_ACT, M % BLOCK_M == 0).to(DTYPE)
+        b_h16 = rounded(b_h16, PRECISION)
         b_wp0 = tl.load(p_wp + i_m * NP + tl.arange(0, BLOCK_N0)[None, :])  # [BLOCK_M, BLOCK_N0]
         b_acc0 = tl.dot(b_h16, b_wp0, b_acc0, input_precision=PRECISION)
         if BLOCK_N1 > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import affine_act, clear_counters
+from .common import affine_act, clear_counters, rounded
 
 
 @triton.jit(do_not_specialize=("PIXELS",))
@@ -45,7 +45,7 @@ def pool_kernel(
                 if C % BLOCK_K != 0:
                     m_x = m_x & (i_k + o_k < C)[None, :]
                 b_x = tl.load(p_x + o_p[:, None] * C + (i_k + o_k)[None, :], mask=m_x, other=0.0)
-                b_acc = tl.dot(b_x, tl.load(p_w + i_k * NP), b_acc, input_precision=PRECISION)
+                b_acc = tl.dot(rounded(b_x, PRECISION), tl.load(p_w + i_k * NP), b_acc, input_precision=PRECISION)
             b_y = affine_act(b_acc, affine, o_n, NP, ACT)
             b_y = tl.where(m_p[:, None], b_y, 0.0)
         else:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention import attend, attend_online, load_rows
-from .common import clear_counters, store_tile
+from .attention import attend, load_rows
+from .common import clear_counters, rounded, store_tile
 
 
 @triton.jit
@@ -187,6 +187,7 @@ def _project_kv(
         else:
             b_yk = _pixel_tile(x, norms, o_p, m_p, i_k + o_c, 0, C, CP, BLOCK_K, DTYPE)
             b_yv = b_yk
+        b_yk, b_yv = rounded(b_yk, PRECISION), rounded(b_yv, PRECISION)
         b_k = tl.dot(b_yk, b_wk, b_k, input_precision=PRECISION)
         b_v = tl.dot(b_yv, b_wv, b_v, input_precision=PRECISION)
     b_k = _head(b_k, affine, FIRST, NP, DK, DKP, AFFINE)
@@ -240,7 +241,7 @@ def _project_queries(
             )  # fmt: skip
         else:
             b_y = _pixel_tile(x, norms, o_p, m_p, i_k + o_c, 2, C, CP, BLOCK_K, DTYPE)
-        b_q = tl.dot(b_y, b_w, b_q, input_precision=PRECISION)
+        b_q = tl.dot(rounded(b_y, PRECISION), b_w, b_q, input_precision=PRECISION)
     m_q = m_p[:, None] & (o_n < N)[None, :]
     b_q = _shifted(b_q, affine, o_n, NP, AFFINE).to(DTYPE)
     tl.store(q + o_p[:, None] * N + o_n[None, :], b_q, mask=m_q)
@@ -315,7 +316,9 @@ def _own_head(b_tiles, p_w, NP: tl.constexpr, BLOCK_K: tl.constexpr, DP: tl.cons
     p_w = p_w + tl.arange(0, BLOCK_K)[:, None] * NP + tl.arange(0, DP)[None, :]
     b_acc = tl.zeros([b_tiles[0].shape[0], DP], dtype=tl.float32)
     for t in tl.static_range(len(b_tiles)):
-        b_acc = tl.dot(b_tiles[t], tl.load(p_w + t * BLOCK_K * NP), b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(
+            rounded(b_tiles[t], PRECISION), tl.load(p_w + t * BLOCK_K * NP), b_acc, input_precision=PRECISION
+        )
     return b_acc
 
 
@@ -353,7 +356,6 @@ def mqa_kernel(
     BLOCK_N1: tl.constexpr,
     KEYS0: tl.constexpr,
     KEYS1: tl.constexpr,
-    ONLINE: tl.constexpr,
     SHARE: tl.constexpr,  # heads of one program
     AFFINE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -382,7 +384,7 @@ def mqa_kernel(
         # what lies beyond the image has the weight 0 and must not be inf
         b_v0 = tl.where(m_p[:, None], b_v0, 0.0).to(DTYPE)
         b_k1, b_v1 = b_k0, b_v0
-    elif not ONLINE:
+    else:
         b_k0 = load_rows(p_k, 0, NK, KV, 1, DKP, DKP, KEYS0)
         b_v0 = load_rows(p_v, 0, NK, KV, 1, DVP, DVP, KEYS0)
         b_k1, b_v1 = b_k0, b_v0
@@ -397,12 +399,10 @@ def mqa_kernel(
     for i_h in tl.range(i_s * SHARE, min((i_s + 1) * SHARE, HEADS), num_stages=STAGES):
         b_q = _own_head(b_tiles, w + i_h * DKP, NP, BLOCK_K, DKP, PRECISION)
         b_q = _shifted(b_q, affine, i_h * DKP + tl.arange(0, DKP), NP, AFFINE).to(DTYPE)
-        if ONLINE:
-            b_o = attend_online(b_q, p_k, p_v, NK, KV, 1, KV, 1, scale, DKP, DKP, DVP, DVP, KEYS0, ATTENTION, 1)
-        else:
-            b_o = attend(b_q, b_k0, b_v0, b_k1, b_v1, NK, scale, KEYS0, KEYS1, ATTENTION)
+        b_o = attend((b_q,), (b_k0,), b_v0, (b_k1,), b_v1, NK, scale, KEYS0, KEYS1, ATTENTION)
         b_o = b_o.to(DTYPE)  # [BLOCK_P, DVP]
         if PROJECT:
+            b_o = rounded(b_o, PRECISION)
             p_w = w_out + (i_h * DVP + tl.arange(0, DVP))[:, None] * NP_OUT
             b_w0 = tl.load(p_w + tl.arange(0, BLOCK_N0)[None, :])  # [DVP, BLOCK_N0]
             b_acc0 = tl.dot(b_o, b_w0, b_acc0, input_precision=PRECISION)
@@ -469,5 +469,5 @@ def mqa_output_kernel(
         b_bottom = b_10 * (1.0 - b_x)[:, None] + b_11 * b_x[:, None]
         b_o = (b_top * (1.0 - b_y)[:, None] + b_bottom * b_y[:, None]).to(DTYPE)
         b_w = tl.load(w + o_k[:, None] * NP + i_n + tl.arange(0, BLOCK_N)[None, :])
-        b_acc = tl.dot(b_o, b_w, b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(rounded(b_o, PRECISION), b_w, b_acc, input_precision=PRECISION)
     store_tile(b_acc, affine, residual, out, o_p, m_p, i_n, N, NP, BLOCK_N, "none", RESIDUAL)

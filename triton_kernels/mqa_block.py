@@ -30,7 +30,7 @@ LOG2_E = math.log2(math.e)
 class _Plan(Plan):
     """Ends with small tiles, not with an error, where the chosen path does not fit on the device.
 
-    A `mqa_kernel` is not made smaller: with one stage, triton 3.6 made code for Hopper that reads outside of memory.
+    A `mqa_kernel` is not made smaller: that takes stages, see `mqa_config`.
     """
 
     def __init__(self, launches: list[Launch], scratch: int, choice: Config, last: Config) -> None:
@@ -180,6 +180,7 @@ class MobileMQA(_Runner):
             columns = slice(first, first + heads * padded)
             w = self.w.w[: self.c, columns].unflatten(1, (heads, padded))
             w[:, :, :dim].copy_(weight.detach().reshape(heads, dim, self.c).permute(2, 0, 1))
+            self.w.settle()
             scale, shift = batch_norm_affine(heads * dim, self.device, *norm)
             for row, values in zip(self.w.affine, (scale, shift), strict=True):
                 row[columns].unflatten(0, (heads, padded))[:, :dim].copy_(values.reshape(heads, dim))
@@ -228,6 +229,9 @@ class MobileMQA(_Runner):
         if self.choice is not None:
             return self.choice
         found = self._measured(n, h, w, self.exact(allow_tf32))
+        if found is not None:
+            (hq, wq), (hk, wk) = self.query_hw(h, w), self.kv_hw(h, w)
+            found = mqa_config.fitted(found, hq * wq, hk * wk)
         return found or mqa_config.formula(self, n, h, w, allow_tf32, self._sms())
 
     def exact(self, allow_tf32: int) -> bool:
@@ -299,9 +303,10 @@ class MobileMQA(_Runner):
             "QUERIES": queries, "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"], "BLOCK_Q": cfg["pq"], "BLOCK_N": cfg["n"],
             "AFFINE": any(self._affine.values()), "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
         }  # fmt: skip
+        w = self.w.matrix(precision)
         return Build(
             mqa_project_kernel, (kv_tiles + q_tiles, 1, 1),
-            lambda p, c, z, s: [x, self.norms, self.taps, self.w.w, self.w.affine, kv, q if queries else kv, z],
+            lambda p, c, z, s: [x, self.norms, self.taps, w, self.w.affine, kv, q if queries else kv, z],
             scalars, constants, options(cfg), self.norms,
         )  # fmt: skip
 
@@ -315,13 +320,17 @@ class MobileMQA(_Runner):
         if inline and (nq > cfg["p"] or nk != nq or self.down):
             raise ValueError(f"MobileMQA: expected a tile of all {nq} pixels, each with its own key, got {cfg}")
         keys0, keys1 = (cfg["p"], 0) if inline else (cfg["keys0"], cfg["keys1"])
+        if keys0 + keys1 < nk:
+            raise ValueError(f"MobileMQA: expected all {nk} keys at once, got {cfg}")
+        if cfg["stages"] < 2 and cfg["p"] >= 64:
+            raise ValueError(f"MobileMQA: expected at least two stages for tiles of 64 pixels, got {cfg}")
         tiles = -(-nq // cfg["p"])
         heads = share or self.heads
         constants = {
             "C": self.c, "CP": self.norms.shape[1], "NP": self.w.np, "N": self.c, "NP_OUT": self.w_out.np,
             "HEADS": self.heads, **self._dims(), "INLINE": inline, "PROJECT": not share,
             "RESIDUAL": self.native["residual"], "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"],
-            "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "KEYS0": keys0, "KEYS1": keys1, "ONLINE": keys0 + keys1 < nk,
+            "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "KEYS0": keys0, "KEYS1": keys1,
             "SHARE": heads, "AFFINE": any(self._affine.values()), "PRECISION": precision, "ATTENTION": attention,
             "ZERO": 0, "STAGES": cfg["stages"],
         }  # fmt: skip
@@ -329,7 +338,8 @@ class MobileMQA(_Runner):
         return Build(
             mqa_kernel, (n * tiles, -(-self.heads // heads), 1),
             lambda p, c, z, s: [
-                x, self.norms, x if inline else kv, self.w.w, self.w.affine, self.w_out.w, self.w_out.affine, out, z,
+                x, self.norms, x if inline else kv, self.w.matrix(precision), self.w.affine,
+                self.w_out.matrix(precision), self.w_out.affine, out, z,
             ],
             scalars, constants, options(cfg), self.norms,
         )  # fmt: skip
@@ -344,6 +354,6 @@ class MobileMQA(_Runner):
         }  # fmt: skip
         return Build(
             mqa_output_kernel, (-(-pixels // cfg["p"]), -(-self.c // cfg["n"]), 1),
-            lambda p, c, z, s: [o, self.w_out.w, self.w_out.affine, x, out],
+            lambda p, c, z, s: [o, self.w_out.matrix(precision), self.w_out.affine, x, out],
             {"J": pixels, "HQ": hq, "WQ": wq}, constants, options(cfg), self.norms,
         )  # fmt: skip

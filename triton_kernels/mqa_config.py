@@ -6,6 +6,9 @@ A choice is {"fused": True, "chunk": 0, "ops": [Config, ...]} with one of these 
 - "mqa_project", "mqa": keys and values first; with `share` (heads of one program) a "pointwise" follows;
 - "mqa_project" with `q`, "attention", then "pointwise", or "mqa_output" where the queries are pooled.
 
+"mqa" holds all keys of an image at once. Its loop over the heads must be pipelined: without (one stage, or a loop over
+blocks of keys inside) triton 3.6 made code for Hopper that read outside of shared memory.
+
 `p` pixels (of "attention": rows), `k` input channels of a step, `n` columns of a tile of queries, of `pq` pixels;
 `keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels.
 """
@@ -84,7 +87,7 @@ def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms:
     k = step(c, 64 if half else 32)
     last = _last(runner, n, h, w, False, sms)
     p_kv = 32 if n * nk >= sms * 16 else 16
-    if half and c <= 256 and runner.native["query_stride"] == 1 and max(runner.dk, runner.dv) <= 64:
+    if half and c <= 256 and nk <= MAX_KEYS and runner.native["query_stride"] == 1 and max(runner.dk, runner.dv) <= 64:
         tile = {"path": "mqa", "inline": 0, "k": k, **keys(nk), "share": 0, "stages": 2}
         n0, n1 = pieces(c)
         if nq <= 64 and not runner.down:
@@ -106,4 +109,22 @@ def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms:
     return _list(first, attention(rows, *keys(nk).values(), 8 if rows == 128 else 4, 2), last)
 
 
-__all__ = ["attention", "formula", "keys", "project", "small", "step", "width"]
+def fitted(choice: Config, nq: int, nk: int) -> Config | None:
+    """A choice measured for another map, with the keys at once that this one needs; None where its path takes fewer."""
+    ops = []
+    for cfg in choice["ops"]:
+        found = cfg
+        if cfg["path"] == "mqa" and cfg["inline"]:
+            if nq > cfg["p"]:
+                return None
+        elif cfg["path"] == "mqa":
+            if nk > MAX_KEYS:
+                return None
+            found = {**cfg, **keys(nk)}
+        elif cfg["path"] == "attention" and cfg["keys1"] and cfg["keys0"] + cfg["keys1"] < nk:
+            found = {**cfg, **keys(nk)}
+        ops.append(found)
+    return {**choice, "ops": ops}
+
+
+__all__ = ["attention", "fitted", "formula", "keys", "project", "small", "step", "width"]

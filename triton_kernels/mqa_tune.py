@@ -65,11 +65,7 @@ def _attending(runner: MobileMQA, nq: int, nk: int, pixels: int, sms: int) -> li
             tiles += [(32, 4), (32, 8)]
     else:
         tiles = [(16, 4), (16, 8), (32, 4)]
-    out = [{**base, "p": p, "warps": warps, "stages": 2} for p, warps in tiles]
-    if nk > 64 and pixels >= sms * 16:
-        online = [{**c, "keys0": 64, "keys1": 0} for c in out if c["p"] >= 64]
-        out += online
-    return out
+    return [{**base, "p": p, "warps": warps, "stages": 2} for p, warps in tiles]
 
 
 def _alone(runner: MobileMQA, nk: int, pixels: int, sms: int) -> list[Config]:
@@ -104,7 +100,7 @@ def variants(runner: MobileMQA, n: int, h: int, w: int, tf32: int, sms: int) -> 
     if exact:
         projections[1] = [{**first[0], "p": 32, "pq": 64, "n": 64}, {**first[0], "k": 32}]
     ways: list[list[list[Config]]] = [[projections[1], _alone(runner, nk, pixels, sms), last]]
-    if runner.dtype != torch.float32 and not pooled:
+    if runner.dtype != torch.float32 and not pooled and nk <= mqa_config.MAX_KEYS:
         if runner.c <= 256:
             whole = _attending(runner, nq, nk, pixels, sms)
             ways.append([projections[0], whole])

@@ -168,6 +168,12 @@ def batch_norm_affine(
     return scale, shift
 
 
+def to_tf32(w: Tensor) -> Tensor:
+    """fp32 values to the nearest with 10 bits of fraction, ties away from zero; inf and NaN stay."""
+    bits = ((w.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(w.isfinite(), bits, w)
+
+
 class Packed:
     """Folded parameters of one stage in memory that is filled again in place.
 
@@ -178,6 +184,7 @@ class Packed:
     def __init__(self, c_out: int, c_in: int, kernel: int, depthwise: bool, dtype: torch.dtype, device: object) -> None:
         self.c_out, self.c_in, self.kernel, self.depthwise, self.dtype = c_out, c_in, kernel, depthwise, dtype
         self.filled = False
+        self._tf32: Tensor | None = None
         if depthwise:
             self.cp = round_up(c_out, K_PAD)
             self.taps = torch.zeros(kernel * kernel + 1, self.cp, dtype=torch.float32, device=device)
@@ -216,8 +223,25 @@ class Packed:
             self.w[: k * k * c_in, :c].copy_(w.permute(2, 3, 1, 0).reshape(k * k * c_in, c))
             self.affine[0, :c].copy_(scale)
             self.affine[1, :c].copy_(shift)
+            self.settle()
         self.filled = True
+
+    def matrix(self, precision: str) -> Tensor:
+        """`w` for products of "ieee" or "tf32"; the latter rounded, in memory of its own that later fills write too."""
+        if precision != "tf32":
+            return self.w
+        if self._tf32 is None:
+            self._tf32 = torch.empty_like(self.w)
+            self.settle()
+        return self._tf32
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Brings the rounded matrix, if there is one, up to date with `w`."""
+        if self._tf32 is not None:
+            self._tf32.copy_(to_tf32(self.w))
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+        held = self.tensors if self._tf32 is None else (*self.tensors, self._tf32)
+        return sum(t.numel() * t.element_size() for t in held)

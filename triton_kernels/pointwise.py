@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, depthwise_tile, store_tile, tile_columns, tile_pixels
+from .common import clear_counters, depthwise_tile, rounded, store_tile, tile_columns, tile_pixels
 
 RUNTIME = ("J", "H", "W", "HO", "WO", "PAD_Y", "PAD_X")
 
@@ -113,6 +113,7 @@ def pointwise_kernel(
             if C % BLOCK_K != 0:
                 m_x = m_x & (i_k + o_k < C)[None, :]
             b_x = tl.load(x + o_p[:, None] * C + (i_k + o_k)[None, :], mask=m_x, other=0.0)
+        b_x = rounded(b_x, PRECISION)
         b_acc0 = tl.dot(b_x, b_w0, b_acc0, input_precision=PRECISION)
         if BLOCK_N1 > 0:
             b_acc1 = tl.dot(b_x, b_w1, b_acc1, input_precision=PRECISION)

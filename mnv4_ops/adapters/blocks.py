@@ -8,14 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mnv4_ops._experimental import experimental
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec
 
 from .layers import ABSENT, Family, Stage, bare_norm, conv, doubling, norm, padding_of, sequence
 from .record import Call, Part, Recipe, Recorder, Unsupported
-
-# kinds of devices with a kernel for attention
-MQA_DEVICES = ("cpu", "cuda") if experimental() else ("cpu",)
 
 # the stages of a model's head but its classifier, read from the modules of one library
 Hidden = Callable[[Recorder], Stage]
@@ -166,10 +162,6 @@ def mobile_mqa(
     rec: Recorder, node: int, a: Attention, norm: Stage | None, gamma: Tensor | None, residual: bool
 ) -> Part:
     where = rec.path(node) or "block"
-    weight = a.query.params[0]
-    assert weight is not None
-    if weight.device.type not in MQA_DEVICES:
-        raise Unsupported(f"{where}: Mobile MQA kernel not available yet on {weight.device.type}")
     for name, stage in (("query", a.query), ("key", a.key), ("value", a.value), ("output", a.output)):
         if (stage.kernel, stage.stride, stage.groups) != (1, 1, 1):
             raise Unsupported(f"{where}: only a 1x1 projection of the {name} has a kernel")

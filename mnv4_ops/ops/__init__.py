@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mnv4_ops import cache
-from mnv4_ops._experimental import experimental
 
 from . import attention, flops, program
 from .backends import BY_DEVICE
@@ -41,8 +40,6 @@ SCHEMAS = {
 }
 # torch's dispatch keys, and the device whose backend serves them
 BACKENDS = {"CPU": "cpu", "CUDA": "cuda"}
-# ops without a kernel on a GPU
-CPU_ONLY: tuple[str, ...] = () if experimental() else ("mobile_mqa", attention.OP)
 
 _library = torch.library.Library("mnv4", "DEF")
 
@@ -97,15 +94,13 @@ for _op, _schema in SCHEMAS.items():
     # any strides of the input will do: a compiler need not copy
     _library.define(_op + _schema, tags=(torch.Tag.flexible_layout,))
     for _key, _device in BACKENDS.items():
-        if _device == "cpu" or _op not in CPU_ONLY:
-            _library.impl(_op, _kernel(_op, _device), _key)
+        _library.impl(_op, _kernel(_op, _device), _key)
     torch.library.register_fake(f"mnv4::{_op}", _fake(_op), lib=_library)
     torch.library.register_autograd(f"mnv4::{_op}", _no_backward(_op), lib=_library)
 
 _library.define(attention.OP + attention.SCHEMA)
 for _key, _device in BACKENDS.items():
-    if _device == "cpu" or attention.OP not in CPU_ONLY:
-        _library.impl(attention.OP, attention.kernel(_device), _key)
+    _library.impl(attention.OP, attention.kernel(_device), _key)
 torch.library.register_fake(f"mnv4::{attention.OP}", attention.fake, lib=_library)
 torch.library.register_autograd(f"mnv4::{attention.OP}", _no_backward(attention.OP), lib=_library)
 
