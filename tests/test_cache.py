@@ -238,6 +238,26 @@ def test_a_change_is_seen_by_the_whole_model(change: Callable[[Any], None]) -> N
     assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("where", ["stage", "blocks", "empty stage"])
+def test_a_block_that_is_added_is_seen(where: str) -> None:
+    model: Any = randomize_(timm.create_model("mobilenetv4_conv_small_035", num_classes=4)).eval()
+    model.blocks.insert(3, nn.Sequential())
+    x = torch.randn(1, 3, 64, 64)
+    patch.enable()
+    with torch.no_grad():
+        before = [model(x), model(x)][1]
+        block = copy.deepcopy(model.blocks[2][1])
+        if where == "blocks":
+            model.blocks.insert(4, nn.Sequential(block))
+        else:
+            model.blocks[2 if where == "stage" else 3].append(block)
+        after = model(x)
+        assert not mnv4_ops.explain(model, x).fallbacks
+        patch.disable()
+        torch.testing.assert_close(after, model(x), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(before, after, rtol=1e-2)
+
+
 def test_weights_are_refilled_in_place() -> None:
     block = make()
     check(block)

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bindings/torch_tensor.h"
@@ -140,7 +141,8 @@ struct ModuleRecord {
   PyObject* object = nullptr;  // borrowed; the root is the one that the caller passes
   PyTypeObject* type = nullptr;
   int parent = -1;
-  bool called = false;
+  bool called = false, grows = false;  // grows: what is added to its children is run
+  Py_ssize_t count = 0;                // of its children, those that nobody recorded included
   PyObject *dict = nullptr, *modules = nullptr, *parameters = nullptr, *buffers = nullptr, *hooks = nullptr,
            *pre_hooks = nullptr;
   std::uint64_t v_dict = 0, v_modules = 0, v_parameters = 0, v_buffers = 0;
@@ -150,7 +152,7 @@ struct ModuleRecord {
   std::vector<std::pair<PyObject*, PyObject*>> params, bufs;  // owned name, borrowed tensor or None
   void prefetch() const {
     for (const PyObject* p : {object, dict, hooks, pre_hooks}) prefetch_line(p);
-    if (!children.empty()) prefetch_line(modules);
+    if (grows) prefetch_line(modules);
     if (tensors) prefetch_line(parameters), prefetch_line(buffers);
   }
   std::vector<TensorRecord> counters;  // num_batches_tracked: moves only while training, which writes to the module
@@ -208,6 +210,12 @@ class Guard {
     }
     // no versions yet: the first check looks everything up by name
     if (modules_.empty()) throw py::value_error("Guard: expected at least one module");
+    for (ModuleRecord& m : modules_) {
+      m.grows = !m.children.empty() || (!m.called && std::string_view(m.type->tp_name) == "Sequential");
+      PyObject* d = instance_dict(m.object);
+      PyObject* children = d ? dict_item(d, names().modules) : nullptr;
+      if (children) m.count = PyDict_GET_SIZE(children);
+    }
   }
 
   ~Guard() {
@@ -233,7 +241,7 @@ class Guard {
       PyObject* d = instance_dict(o);
       if (!d) return fail(kStructure, i, "its __dict__");
       const bool same =
-          kVersions && dict_version(d) == m.v_dict && (m.children.empty() || dict_version(m.modules) == m.v_modules) &&
+          kVersions && dict_version(d) == m.v_dict && (!m.grows || dict_version(m.modules) == m.v_modules) &&
           (!m.tensors || (dict_version(m.parameters) == m.v_parameters && dict_version(m.buffers) == m.v_buffers));
       if (!same && (code = walk(i, o, d)) != kOk) return code;
       if (!m.called && (PyDict_GET_SIZE(m.hooks) != 0 || PyDict_GET_SIZE(m.pre_hooks) != 0))
@@ -313,6 +321,7 @@ class Guard {
     PyObject* params = dict_item(d, n.parameters);
     PyObject* buffers = dict_item(d, n.buffers);
     if (!children || !params || !buffers) return fail(kStructure, i, "its __dict__");
+    if (m.grows && PyDict_GET_SIZE(children) != m.count) return fail(kStructure, i, "its modules");
     for (auto& [name, index] : m.children)
       if (item(children, name) != modules_[index].object) return fail(kStructure, index, "the module");
     for (auto& [name, tensor] : m.params)
