@@ -1,13 +1,14 @@
 """What the wrappers do under torch.compile: ops in place of blocks, in the graph, or the original forward.
 
-A model that is compiled by itself becomes one `mnv4::module`: the wrapper's own work, with its check before each call,
-so that no parameter is an input of the graph. Anything else that is compiled, where other code could write to
-parameters inside of the graph, has ops that take them.
+A model becomes one `mnv4::module`: the wrapper's own work, with its check before each call, so that no parameter is an
+input of the graph. Where other code of the same graph reads, writes or exchanges its parameters, and for single blocks
+inside of other code, there are ops that take them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import uuid
 import weakref
@@ -66,7 +67,7 @@ class _Served(NamedTuple):
 # a compiled module has a guard on its identity, and torch compiles one function a few times only
 HANDLES = 4
 _served: dict[str, _Served] = {}
-# the code of every wrapper, for `_compiled_by_itself`
+# the code of every wrapper, for `_apart`
 wrappers: list[types.CodeType] = []
 
 
@@ -114,15 +115,72 @@ torch.library.register_fake("mnv4::module", _module_fake, lib=_library)
 flops.register({"module": _module_flops})
 
 
-def _compiled_by_itself(module: nn.Module) -> bool:
-    """Whether what is being traced is a call of this module and nothing around it."""
+# modules whose tensors other code of a compiled graph was seen to use
+_touched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _apart(module: nn.Module, whole: bool) -> bool:
+    """Whether no other code in the graph that is being traced has to do with the tensors of this module.
+
+    What comes after the call is not known yet: `_watch` looks again at the end. `whole`: it is a whole model, which is
+    worth that.
+    """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
-        root = InstructionTranslator.current_tx().output.root_tx
-        return root.f_locals.get("self") is module and any(root.f_code is code for code in wrappers)
+        output = InstructionTranslator.current_tx().output
+        root = output.root_tx
+        if root.f_locals.get("self") is module and any(root.f_code is code for code in wrappers):
+            return True
+        if not whole or torch.is_grad_enabled() or module in _touched:
+            return False
+        effects, new = output.side_effects, (AttributeMutationNew, ValueMutationNew)
+        # code before the call may have given parameters to the module, which only the compiler knows of
+        for variable in effects.id_to_variable.values():
+            if not isinstance(variable.mutation_type, new) and effects.is_modified(variable):
+                return False
+        _watch(module, output)
+        return True
     except (ImportError, AttributeError):  # not public
         return False
+
+
+def _watch(module: nn.Module, output: Any) -> None:
+    """Has the graph looked at when it is complete; if a tensor of the module is in it, it is traced once more."""
+    from torch._dynamo.exc import UnspecializeRestartAnalysis
+
+    ref = weakref.ref(module)
+
+    def look(graph: torch.fx.GraphModule) -> None:
+        owner = ref()
+        keys = {key for key, served in _served.items() if served.ref() is owner}
+        # calls may be in graphs of their own (torch.cond), inputs are always here
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        calls = (node for part in parts for node in part.graph.nodes if node.target is torch.ops.mnv4.module)
+        if owner is None or not any(keys.intersection(node.args) for node in calls):
+            return
+        held = {_storage(t) for t in itertools.chain(owner.parameters(), owner.buffers())}
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                t = getattr(node.meta.get("grapharg"), "example", None)
+            elif node.op == "get_attr":
+                t = functools.reduce(getattr, node.target.split("."), graph)
+            else:
+                continue
+            if isinstance(t, Tensor) and _storage(t) in held:
+                _touched.add(owner)
+                raise UnspecializeRestartAnalysis(restart_reason="the graph uses a parameter of a fused module")
+
+    output.add_graph_finalizer(look)
+
+
+def _storage(t: Tensor) -> int:
+    """The identity of what views have in common; 0 for those without."""
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def _group(rec: Recorder, parts: list[Part]) -> _Group:
@@ -139,6 +197,7 @@ def _outline(
     describe: Callable[[Recorder], Part | Recipe],
     run: Callable[..., Any] | None,
     flags: tuple[Any, ...],
+    whole: bool,
 ) -> _Outline | None:
     rec = Recorder(module)
     try:
@@ -162,7 +221,7 @@ def _outline(
             return None
         steps, handle = grouped(rec, recipe, functools.partial(_group, rec)), ""
         if run is not None and backend is cpu and len(steps) == 1 and not steps[0][1]:
-            handle = _handle(module, run, flags, tuple(layouts)) if _compiled_by_itself(module) else ""
+            handle = _handle(module, run, flags, tuple(layouts)) if _apart(module, whole) else ""
         for part, layout in zip(parts, layouts, strict=True):
             # an op raises where a block runs its original forward
             if code == 0 and backend is cuda:
@@ -191,7 +250,9 @@ def forward(
 
     @torch.compiler.assume_constant_result
     def outline(self: nn.Module, flags: tuple[Any, ...]) -> _Outline | None:
-        return _outline(self, describers[1 if flags and flags[0] else 0], None if pyramid else serve, flags)
+        return _outline(
+            self, describers[1 if flags and flags[0] else 0], None if pyramid else serve, flags, not target.block
+        )
 
     def run(self: Any, x: Any, *flags: Any) -> Any:
         if torch.compiler.is_exporting():

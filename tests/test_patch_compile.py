@@ -52,7 +52,9 @@ def test_fullgraph_holds_one_op_per_model_or_block() -> None:
     with torch.no_grad():
         want = m(X)
         mnv4_ops.enable()
-        compiled = torch.compile(lambda x: 1.0 * m(x), backend=graphs, fullgraph=True)
+        # code that reads a parameter: the graph holds ops that take them
+        own = m.classifier.bias
+        compiled = torch.compile(lambda x: m(x) + 0.0 * own.sum(), backend=graphs, fullgraph=True)
         torch.testing.assert_close(compiled(X), want, rtol=1e-4, atol=1e-4)
         assert graphs.fused() == 1
         m.blocks[2][1].pw_exp.conv.weight.mul_(2)
