@@ -19,13 +19,14 @@ pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library"
 CODE = """
 import copy, pytest, timm, torch
 import mnv4_ops, standin
+from mnv4_ops import check_gpu
 import mnv4_ops.triton_kernels as kernels
 from mnv4_ops.ops import cuda
 from mnv4_ops.reference import randomize_
 from rule import assert_2x
 
 model = randomize_(timm.create_model("mobilenetv4_conv_small_035", num_classes=7)).eval()
-with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode():
+with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode(), check_gpu.ieee():
     patch.setattr(cuda, "kernels", lambda: kernels)
     for dtype, size in [(torch.float16, (2, 3, 32, 35)), (torch.float32, (1, 3, 33, 32))]:
         model = model.to(dtype)
@@ -41,6 +42,7 @@ print("fine")
 ATTENTION = """
 import copy, pytest, torch
 import mnv4_ops, standin
+from mnv4_ops import check_gpu
 import mnv4_ops.triton_kernels as kernels
 from mnv4_ops.ops import cuda
 from mnv4_ops.reference import randomize_
@@ -50,7 +52,7 @@ from timm.models._efficientnet_blocks import MobileAttention
 more = dict(num_heads=2, key_dim=16, value_dim=24, use_multi_query=True)
 model = torch.nn.Sequential(MobileAttention(24, 24, kv_stride=2, **more), MobileAttention(24, 24, **more))
 model = randomize_(model).eval()
-with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode():
+with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode(), check_gpu.ieee():
     patch.setattr(cuda, "kernels", lambda: kernels)
     for dtype, size in [(torch.float16, (2, 24, 7, 6)), (torch.float32, (1, 24, 5, 8))]:
         model = model.to(dtype)

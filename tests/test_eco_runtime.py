@@ -164,6 +164,24 @@ def test_ten_thousand_forwards_of_changing_shapes_keep_nothing() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
 
 
+def test_ten_thousand_forwards_of_whole_models_keep_nothing() -> None:
+    """More shapes than are remembered, so that what is kept for a shape is made and dropped all the time."""
+    resource = pytest.importorskip("resource")
+    m = model()
+    mnv4_ops.enable()
+    shapes = [torch.randn(n, 3, h, w) for n in (1, 2) for h in range(32, 68, 4) for w in range(32, 68, 4)]
+    with torch.no_grad():
+        for x in shapes * 2:
+            m(x)
+        gc.collect()
+        before, kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, cache.stats()
+        for i in range(10_000):
+            m(shapes[i % len(shapes)])
+        gc.collect()
+    assert cache.stats() == kept
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
+
+
 def lora(m: Any) -> None:
     class LoRA(nn.Module):
         def __init__(self, inner: nn.Module) -> None:

@@ -143,8 +143,12 @@ print(*run_case(case, 2, 9, 8), *run_case(case, 2, 9, 8, allow_tf32=1))
     assert done.returncode == 0, done.stderr[-2000:]
     plain, _, rounded, _ = map(float, done.stdout.split())
     assert plain <= 1
-    # units of fp32's error; 2 ** 13 between the two formats, and fewer roundings
-    assert 100 < rounded < 2**13
+    if structure == "stem":
+        # few channels stay in fp32
+        assert rounded <= 1
+    else:
+        # units of fp32's error; 2 ** 13 between the two formats, and fewer roundings
+        assert 100 < rounded < 2**13
 
 
 def test_tables_are_well_formed() -> None:
