@@ -14,11 +14,14 @@ from pathlib import Path
 
 # FMA instructions from which on a loop counts as a k-loop: two terms, four accumulators
 MIN_FMA = 2 * 4
-TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles)I.*)>:$")
-SHAPE = re.compile(r"(?:9gemm_tile|10lane_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)ELi(\d+)ELb([01])E")
+TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles|10half_tiles)I.*)>:$")
+# vector type, pixels, units of 16 channels, packed, and of half_tiles whether its chains are the short ones
+SHAPE = re.compile(
+    r"(?:9gemm_tile|10lane_tiles|10half_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)ELi(\d+)ELb([01])E(?:Lb([01])E)?"
+)
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
-FLOATS = {"Vec512": 16, "Vec256": 8, "VecNeon": 4}
+LANES = {"Vec512": 16, "Vec256": 8, "VecNeon": 4, "VecHalf": 8}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Instruction:
 
     @property
     def is_fma(self) -> bool:
-        return self.name.startswith(("vfmadd", "fmla"))
+        # products that begin a chain of sums are by element
+        return self.name.startswith(("vfmadd", "fmla")) or (self.name == "fmul" and "[" in self.operands)
 
     @property
     def is_store(self) -> bool:
@@ -48,7 +52,7 @@ class Instruction:
 
 
 def _tiles(objdump: str, file: Path) -> dict[str, list[Instruction]]:
-    """Instructions of each instance of gemm_tile and lane_tiles, by its mangled name."""
+    """Instructions of each instance of gemm_tile, lane_tiles and half_tiles, by its mangled name."""
     text = subprocess.run(
         [objdump, "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True, check=True
     ).stdout
@@ -63,16 +67,24 @@ def _tiles(objdump: str, file: Path) -> dict[str, list[Instruction]]:
     return tiles
 
 
-def _innermost_loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """Straight runs of instructions that end in a jump to their first one."""
+def _innermost_loops(body: list[Instruction], exits: bool = False) -> list[list[Instruction]]:
+    """Straight runs of instructions that end in a jump to their first one; `exits`: they may be left in between."""
     loops = []
     for end, jump in enumerate(body):
         if jump.target is None or not body[0].address <= jump.target <= jump.address:
             continue
         loop = [i for i in body[: end + 1] if i.address >= jump.target]
-        if all(i.target is None for i in loop[:-1]):
+        inner = [i.target for i in loop[:-1] if i.target is not None]
+        if not inner or (exits and all(not jump.target <= target <= jump.address for target in inner)):
             loops.append(loop)
     return loops
+
+
+def main_loop(body: list[Instruction], accumulators: int) -> list[Instruction]:
+    """The loop over units of 16 terms; in half_tiles, whose turns come in pairs, it may be left after the first one."""
+    loops = [(sum(i.is_fma for i in loop), loop) for loop in _innermost_loops(body, exits=True)]
+    long = [(n / len(loop), loop) for n, loop in loops if n >= 16 * accumulators]
+    return max(long, key=lambda found: found[0], default=(0.0, []))[1]
 
 
 def problems(objdump: str, file: Path) -> tuple[int, list[str]]:
@@ -80,15 +92,20 @@ def problems(objdump: str, file: Path) -> tuple[int, list[str]]:
     looked_at, wrong = 0, []
     for name, body in _tiles(objdump, file).items():
         shape = SHAPE.search(name)
-        if shape is None or shape[1] not in FLOATS:
+        if shape is None or shape[1] not in LANES or shape[5] == "1":
             continue
         rows, units = int(shape[2]), int(shape[3])
-        accumulators = rows * units * 16 // FLOATS[shape[1]]
+        accumulators = rows * units * 16 // LANES[shape[1]]
         label = f"{shape[1]} {rows} pixels x {units} units, packed {shape[4]}"
         if accumulators < 4:
             continue
+        if shape[1] == "VecHalf" and units > 1:  # one pixel, bound by loading weights
+            continue
         looked_at += 1
-        loops = [loop for loop in _innermost_loops(body) if sum(i.is_fma for i in loop) >= MIN_FMA]
+        if shape[1] == "VecHalf":
+            loops = [loop] if (loop := main_loop(body, accumulators)) else []
+        else:
+            loops = [loop for loop in _innermost_loops(body) if sum(i.is_fma for i in loop) >= MIN_FMA]
         if not loops:
             wrong.append(f"{label}: no k-loop was found")
         for loop in loops:

@@ -27,11 +27,23 @@ struct VecHalf {
   static MNV4_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f16(c, a, b); }
   template <int I>
   static MNV4_INLINE reg fma_lane(reg a, reg b, reg c) {
+#if defined(__clang__)
     return vfmaq_laneq_f16(c, a, b, I);
+#else
+    // see VecNeon
+    asm("fmla %0.8h, %1.8h, %2.h[%3]" : "+w"(c) : "w"(a), "x"(b), "i"(I));
+    return c;
+#endif
   }
   template <int I>
   static MNV4_INLINE reg mul_lane(reg a, reg b) {
+#if defined(__clang__)
     return vmulq_laneq_f16(a, b, I);
+#else
+    reg c;
+    asm("fmul %0.8h, %1.8h, %2.h[%3]" : "=w"(c) : "w"(a), "x"(b), "i"(I));
+    return c;
+#endif
   }
   // FMAX and FMIN return NaN when either operand is one
   static MNV4_INLINE reg max(reg bound, reg x) { return vmaxq_f16(bound, x); }

@@ -87,23 +87,45 @@ __attribute__((noinline)) bool half_tiles(const BasicGemmArgs<Half>& g, const Ha
     reg more[N];
     if (!Fine && last % kUnit == 0 && (runs == 1 || len % kUnit == 0)) {
       // parts of 16 terms; the first one is the sum, the second one what is to be added
-      auto part = [&](auto even_fresh) MNV4_LAMBDA {
-        oct(lo, more, none, even_fresh);
-        oct(lo, more, Index<8>{}, none);
-        advance(step);
-        if ((left -= kUnit) == 0 && ++run < runs) next_run();
+      auto part = [&](reg(&odd)[N], auto fresh) MNV4_LAMBDA {
+        oct(lo, odd, none, fresh);
+        oct(lo, odd, Index<8>{}, none);
+        advance(step), left -= kUnit;
       };
-      part(both);
+      // carries, and adds a part; the sum moves from one array to the other, which saves copies
+      auto turn = [&](reg(&from)[N], reg(&to)[N]) MNV4_LAMBDA {
+        unroll<N>([&](auto i) MNV4_LAMBDA {
+          to[i] = V::add(from[i], lo[i]);
+          from[i] = V::sub(from[i], to[i]);
+          lo[i] = V::add(lo[i], from[i]);
+        });
+        // the pixels' terms are not loaded before all this
+        if constexpr (V::kTies) row[0] = V::after(row[0], lo);
+        part(from, odd_one);
+        join(lo, from);
+      };
+      auto end_of_run = [&]() MNV4_LAMBDA {
+        if (left == 0 && ++run < runs) next_run();
+      };
+      part(more, both);
       join(hi, more);
+      end_of_run();
       if (run == runs) {
         unroll<N>([&](auto i) MNV4_LAMBDA { lo[i] = V::zero(); });
       } else {
-        part(both);
+        part(more, both);
         join(lo, more);
+        end_of_run();
         while (run < runs) {
-          carry<V>(hi, lo);
-          part(odd_one);
-          join(lo, more);
+          do {
+            turn(hi, more);
+            if (left == 0) {
+              unroll<N>([&](auto i) MNV4_LAMBDA { hi[i] = more[i]; });
+              break;
+            }
+            turn(more, hi);
+          } while (left > 0);
+          end_of_run();
         }
       }
     } else {
