@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from mnv4_ops.cli_common import (
     earlier,
     fail,
     finish,
+    keep_part,
     number,
     numbers,
     words,
@@ -138,13 +140,18 @@ def bench(
         str, typer.Option(metavar="N", help="Fresh processes per table; the one with the median ratio is shown (CPU).")
     ] = "1",
     blocks: Annotated[
-        bool, typer.Option("--blocks", help="One row per block of the model instead of whole models (CPU).")
+        bool,
+        typer.Option("--blocks", help="One row per block of the models instead of whole models."),
     ] = False,
     ops: Annotated[
         list[str] | None,
         typer.Option(
             help="Single ops of the models instead: all, pointwise, depthwise, extra_dw ...; commas or repeated."
         ),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="On a GPU, of --ops and --blocks: no row begins after N seconds."),
     ] = None,
     device: Device = "cpu",
     dtype: Annotated[
@@ -166,25 +173,30 @@ def bench(
     check_writable("--json", json_file)
     check_writable("--markdown", markdown)
     only_gpu = {} if ops else {"dtype": ("cuda", dtype)}
-    device_of(device, threads=("cpu", threads), blocks=("cpu", blocks), **only_gpu)
+    single = bool(ops) or (blocks and device == "cuda")
+    device_of(device, threads=("cpu", threads), limit=("cuda", limit), **only_gpu)
     for option, given in (("--ops", ops), ("--keep", keep)):
-        if given and blocks:
+        if given and blocks and device == "cpu":
             raise fail(f"{option}: does not go with --blocks")
+    if limit is not None and not single:
+        raise fail("--limit: goes with --ops or --blocks")
     side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
     rounds = number("--repeats", repeats, low=1, high=10000)
-    limit = number("--seconds", seconds, low=1, high=86400)
+    allowed = None if limit is None else number("--limit", limit, low=10, high=86400)
     fresh = number("--processes", processes, low=1, high=99)
-    common: dict[str, Any] = {"peers": peers, "resolution": side, "seconds": limit}
+    common: dict[str, Any] = {"peers": peers, "resolution": side}
+    common["seconds"] = number("--seconds", seconds, low=1, high=86400)
     plan: op_run.OpsPlan | gpu_run.GpuPlan | run.Plan
     measure: Any
     try:
         common["batches"] = numbers("--batch", batch)
-        if ops or device == "cpu":
+        if single or device == "cpu":
             common |= {"threads": numbers("--threads", threads or [str(len(machine.available_cpus()))])}
             common |= {"repeats": rounds, "processes": fresh}
-        if ops:
+        if single:
             dtypes = dtypes_of(dtype) or ["float32" if device == "cpu" else "float16"]
-            plan = op_run.OpsPlan(models=words(model), ops=words(ops), dtypes=dtypes, device=device, **common)
+            common |= {"models": words(model), "ops": words(ops or ["all"]), "dtypes": dtypes, "device": device}
+            plan = op_run.OpsPlan(blocks=blocks, limit=allowed, **common)
             measure = op_run.run
         else:
             common |= {"models": inputs.resolve_models(words(model)), "image": image}
@@ -194,9 +206,11 @@ def bench(
             else:
                 plan, measure = run.Plan(**common), run.blocks if blocks else run.models
         plan.validate()
-        schema = op_run.SCHEMA if ops else report.SCHEMA if device == "cpu" else gpu_report.SCHEMA
+        schema = op_run.SCHEMA if single else report.SCHEMA if device == "cpu" else gpu_report.SCHEMA
         environment = machine.environment if device == "cpu" else gpu_run.environment
         old = earlier(keep, json_file, schema, environment)
+        if single and json_file != Path("-"):
+            measure = partial(measure, save=lambda document: keep_part(document, json_file, old))
         outcome = measure(plan, console_for(json_file))
     except BenchError as error:
         raise fail(str(error)) from None

@@ -59,6 +59,13 @@ def earlier(keep: bool, json_file: Path | None, schema: str, environment: Any, *
         raise fail(str(error)) from None
 
 
+def keep_part(document: Any, json_file: Path | None, old: Any) -> None:
+    """Writes what there is so far, so that a run that is cut off leaves it."""
+    from mnv4_ops.bench import join
+
+    write(json_file, document if old is None else join.joined(old, document)[0])
+
+
 def finish(outcome: Any, json_file: Path | None, markdown: Path | None, old: Any = None) -> None:
     """Writes an outcome of the bench, beside the results of `old`; exit status 1 if something in it was red."""
     document, text = outcome.document, outcome.markdown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -18,4 +19,6 @@ def say(request: str, notify: isolate.Notify) -> Any:
     if request == "crash":
         os.write(1, b"last words\n")
         os._exit(9)
+    if request == "hang":
+        time.sleep(60)
     return len(machine.available_cpus()), torch.get_num_threads()

@@ -92,7 +92,7 @@ def test_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "environment", lambda: ENVIRONMENT)
     threads = iter((1, 2))
 
-    def run(plan: Any, console: Any) -> Outcome:
+    def run(plan: Any, console: Any, save: Any = None) -> Outcome:
         document = _ops(next(threads), 1.0, 1, _row("ib", "a", plan.threads[0], 0.5))
         return Outcome(document, "", True)
 

@@ -141,8 +141,8 @@ def measure(threads: int = 1, *, precisions: tuple[str, ...] = ("bfloat16", "flo
 
 
 def measure_gpu(dtypes: tuple[str, ...], side: int = 8192, size: int = 2**30, device: str = "cuda") -> Ceilings:
-    """Rates of the current GPU by the clock of the device: torch's matrix product of `side` squared per dtype, and a
-    copy of `size` bytes (device memory; the L2 is not told apart).
+    """Rates of the current GPU by the clock of the device: torch's matrix product of `side` squared per dtype, copies
+    of `size` bytes in device memory, and copies within the L2.
     """
     import torch
 
@@ -159,9 +159,15 @@ def measure_gpu(dtypes: tuple[str, ...], side: int = 8192, size: int = 2**30, de
     target = torch.empty_like(source)
     copy = _bind(target.copy_, source)
     gpu_clock.span(copy, 2)
-    rate = 2 * size / min(gpu_clock.span(copy, 5) for _ in range(5)) / 1e9
-    levels = dict.fromkeys(LEVELS, rate)
-    return Ceilings(1, peaks, levels, dict.fromkeys(LEVELS[:-1], 0))
+    levels = {"DRAM": 2 * size / min(gpu_clock.span(copy, 5) for _ in range(5)) / 1e9}
+    capacity = dict.fromkeys(LEVELS[:-1], 0)
+    if torch.device(device).type == "cuda":
+        capacity["L2"] = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        # both buffers together fill half of it
+        part = capacity["L2"] // 4
+        small = gpu_clock.captured(_bind(target[:part].copy_, source[:part]), several=True)
+        levels["L2"] = 2 * part / min(gpu_clock.span(small, 100) for _ in range(5)) / 1e9
+    return Ceilings(1, peaks, {name: levels[name] for name in LEVELS if name in levels}, capacity)
 
 
 def _bind(function: Any, *args: Any, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def _child(connection: Connection, log: str, task: Task, request: Any) -> None:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables for the children that are started inside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -49,10 +51,24 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run(task: Task, request: Any, *, threads: int, notify: Notify, compilers: int = 1) -> Any:
+# variables and affinity are the parent's own while a child starts
+_starting = threading.Lock()
+
+
+def run(
+    task: Task,
+    request: Any,
+    *,
+    threads: int,
+    notify: Notify,
+    compilers: int = 1,
+    cpus: list[int] | None = None,
+    patience: float | None = None,
+) -> Any:
     """Result of `task(request, notify)` in a fresh process pinned to `threads` CPUs. `task` is a module-level function.
 
     `compilers` is the number of processes that torch.compile may use: 1 leaves none beside a measurement on the CPU.
+    `cpus`: where it may run, instead of as many as threads. `patience`: so many seconds without an event end it.
     Raises BenchError for one that the task raised, RuntimeError (with the end of the child's output) for anything else.
     """
     context = multiprocessing.get_context("spawn")
@@ -63,7 +79,7 @@ def run(task: Task, request: Any, *, threads: int, notify: Notify, compilers: in
     }
     with tempfile.NamedTemporaryFile(prefix="mnv4_ops-bench-", suffix=".log") as log:
         process = context.Process(target=_child, args=(theirs, log.name, task, request), daemon=compilers == 1)
-        with pinned(pick_cpus(threads)), _environment(variables):
+        with _starting, pinned(cpus or pick_cpus(threads)), environment(variables):
             process.start()
         theirs.close()
         kind: str = "interrupted"
@@ -71,6 +87,9 @@ def run(task: Task, request: Any, *, threads: int, notify: Notify, compilers: in
         try:
             while True:
                 try:
+                    if not ours.poll(patience):
+                        kind, value = "crash", f"nothing was heard of the process for {patience:.0f} s"
+                        break
                     kind, value = ours.recv()
                 except EOFError:
                     process.join()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mnv4_ops.bench import ceilings, gpu_run, isolate, machine, report, rows
+from mnv4_ops.bench import ceilings, gpu_run, isolate, machine, op_gpu, report, rows
 from mnv4_ops.bench import ops as registry
 from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
+from mnv4_ops.bench.page import Cell
 from mnv4_ops.bench.roofline_report import models_of
+from mnv4_ops.spec import MODELS
 
 SCHEMA = "mnv4-ops/ops/1"
 OURS = rows.OURS
@@ -22,7 +25,7 @@ _METHOD = {
     "float64 (peers twice that); a wrong one has no time",
     "order": "all variants of a row interleaved in one process, random order per round",
     "turn": "CPU: wait until the process is quiet, one warm-up call, 1 to 12 timed calls; "
-    "GPU: replays of a CUDA graph between events, once with a warm L2 and once with a flushed one",
+    "GPU: replays of a CUDA graph of 1 to 20 calls between events (warm L2), and of one call with a flushed L2",
     "statistics": "median, 20 % and 80 % quantiles, minimum; milliseconds per call of a whole batch",
     "ours": "float32 on the CPU: the native object; otherwise the enabled module",
     "pinning": "a fresh process per number of threads, pinned to as many CPUs",
@@ -34,7 +37,9 @@ _METHOD = {
 
 @dataclass(frozen=True)
 class OpsPlan:
-    """`models`, `ops` and `peers` as the user wrote them, resolved by `validate`."""
+    """`models`, `ops` and `peers` as the user wrote them, resolved by `validate`. `blocks` (on a GPU): the blocks of
+    the models that are one of `ops`, not the ops inside of them; `limit` (on a GPU): seconds after which no row begins.
+    """
 
     models: list[str]
     ops: list[str]
@@ -47,6 +52,8 @@ class OpsPlan:
     repeats: int = 7
     seconds: float = 1.5
     processes: int = 1
+    blocks: bool = False
+    limit: float | None = None
 
     def validate(self) -> None:
         """Raises BenchError for what would only be found out in the middle."""
@@ -60,6 +67,22 @@ class OpsPlan:
                 raise BenchError(f"--device cuda: {reason}")
         for threads in self.threads:
             machine.pick_cpus(threads)
+
+    def todo(self) -> list[op_gpu.Item]:
+        """All rows of a GPU, those of the first model first: what a limit leaves out is of the last."""
+        models = models_of(self.models)
+        ops = registry.select(self.ops)
+        if self.blocks:
+            cases = [(op, case) for op, case in registry.blocks(models, self.resolution) if op in ops]
+        else:
+            cases = [(op, case) for op in ops for case in op.cases(models, self.resolution)]
+            cases.sort(key=lambda item: models.index(item[1].places[0].split()[0]))
+        return [
+            (op.name, case, rows.Setting(batch, 1, dtype, self.device))
+            for op, case in cases
+            for dtype in self.dtypes
+            for batch in self.batches
+        ]
 
     def chosen(self) -> tuple[str, ...]:
         """Names of the peers; `all` leaves out those that take minutes to prepare."""
@@ -79,14 +102,13 @@ class OpsPlan:
 
 @dataclass(frozen=True)
 class OpsRequest:
-    """Everything that one process measures."""
+    """Everything that one process measures on the CPU."""
 
     models: tuple[str, ...]
     ops: tuple[str, ...]
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     threads: int
-    device: str
     peers: tuple[str, ...]
     resolution: int | None = None
     repeats: int = 7
@@ -99,13 +121,10 @@ def measure_ops(request: OpsRequest, notify: isolate.Notify) -> dict[str, Any]:
 
     torch.set_num_threads(request.threads)
     notify({"stage": "load"})
-    if request.device == "cpu":
-        precisions = tuple(dtype for dtype in request.dtypes if dtype != "float32")
-        limits = ceilings.measure(request.threads, precisions=precisions)
-    else:
-        limits = ceilings.measure_gpu(tuple(request.dtypes))
+    precisions = tuple(dtype for dtype in request.dtypes if dtype != "float32")
+    limits = ceilings.measure(request.threads, precisions=precisions)
     todo = [
-        (op, case, rows.Setting(batch, request.threads, dtype, request.device))
+        (op, case, rows.Setting(batch, request.threads, dtype))
         for op in registry.select(list(request.ops))
         for case in op.cases(request.models, request.resolution)
         for dtype in request.dtypes
@@ -122,39 +141,19 @@ def measure_ops(request: OpsRequest, notify: isolate.Notify) -> dict[str, Any]:
     return {"ceilings": limits.as_dict(), "rows": measured}
 
 
-def run(plan: OpsPlan, console: Console) -> cpu_run.Outcome:
-    """Tables on the console; `ok` is False when a row was red."""
+def run(plan: OpsPlan, console: Console, save: Callable[[dict[str, Any]], None] | None = None) -> cpu_run.Outcome:
+    """Tables on the console; `ok` is False when a row was red. On a GPU `save` gets the document after each row."""
     environment = machine.environment() if plan.device == "cpu" else gpu_run.environment()
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "environment": environment,
-        "method": _METHOD,
+        "method": {**_METHOD, "seconds": 0},
         "ceilings": [],
         "rows": [],
     }
     start = time.perf_counter()
-    for threads in plan.threads:
-        request = OpsRequest(
-            tuple(models_of(plan.models)),
-            tuple(op.name for op in registry.select(plan.ops)),
-            tuple(plan.batches),
-            tuple(plan.dtypes),
-            threads,
-            plan.device,
-            plan.chosen(),
-            plan.resolution,
-            plan.repeats,
-            plan.seconds,
-        )
-        title = f"ops, {report.threads_text(threads)}" if plan.device == "cpu" else "ops"
-        try:
-            runs = range(plan.processes)
-            found = [cpu_run.run_cell(measure_ops, request, title, console, threads) for _ in runs]
-        except RuntimeError as error:
-            raise BenchError(f"{title}: the measuring process failed: {str(error).splitlines()[-1]}") from error
-        document["ceilings"].append(found[0]["ceilings"])
-        same = zip(*(result["rows"] for result in found), strict=True)
-        document["rows"] += [cpu_run.middle(list(results), "vs_best_peer") for results in same]
+    measure = _on_cpu if plan.device == "cpu" else _on_gpu
+    measure(plan, console, document, save or (lambda document: None))
     document["method"] = {**_METHOD, "seconds": round(time.perf_counter() - start)}
     if plan.processes > 1:
         document["method"]["processes"] = f"{plan.processes}, of each row the one with the median ratio is shown"
@@ -165,8 +164,59 @@ def run(plan: OpsPlan, console: Console) -> cpu_run.Outcome:
     return cpu_run.Outcome(document, markdown(document), all(row["red"] is None for row in document["rows"]))
 
 
-COLUMNS = ("case", "batch", "threads", "dtype", "mnv4_ops us", "20 - 80 %", "of limit", "bound", "best peer us",
+def _on_cpu(plan: OpsPlan, console: Console, document: dict[str, Any], save: Any) -> None:
+    for threads in plan.threads:
+        request = OpsRequest(
+            tuple(models_of(plan.models)),
+            tuple(op.name for op in registry.select(plan.ops)),
+            tuple(plan.batches),
+            tuple(plan.dtypes),
+            threads,
+            plan.chosen(),
+            plan.resolution,
+            plan.repeats,
+            plan.seconds,
+        )
+        title = f"ops, {report.threads_text(threads)}"
+        try:
+            runs = range(plan.processes)
+            found = [cpu_run.run_cell(measure_ops, request, title, console, threads) for _ in runs]
+        except RuntimeError as error:
+            raise BenchError(f"{title}: the measuring process failed: {str(error).splitlines()[-1]}") from error
+        document["ceilings"].append(found[0]["ceilings"])
+        same = zip(*(result["rows"] for result in found), strict=True)
+        document["rows"] += [cpu_run.middle(list(results), "vs_best_peer") for results in same]
+
+
+def _on_gpu(plan: OpsPlan, console: Console, document: dict[str, Any], save: Any) -> None:
+    if plan.blocks:
+        document["blocks"] = True
+    order = [op.name for op in registry.OPS]
+
+    def fill(limits: ceilings.Ceilings | None, found: list[dict[str, Any]]) -> None:
+        document["ceilings"] = [] if limits is None else [limits.as_dict()]
+        document["rows"] = sorted(found, key=lambda row: order.index(row["op"]))
+        save(document)
+
+    limits, found, left = op_gpu.collect(
+        plan.todo(), plan.chosen(), console, repeats=plan.repeats, seconds=plan.seconds, limit=plan.limit, on_row=fill
+    )
+    if left:
+        document["not_measured"] = [f"{op} {case.name}, batch {setting.batch}" for op, case, setting in left]
+    fill(limits, found)
+
+
+_COLUMNS = ("case", "batch", "threads", "dtype", "mnv4_ops us", "20 - 80 %", "of limit", "bound", "best peer us",
             "vs best")  # fmt: skip
+_GPU_COLUMNS = ("case", "batch", "dtype", "MB", "GFLOP", "mnv4_ops us", "20 - 80 %", "cold L2 us", "limit us",
+                "of limit", "bound", "torch.compile us", "best peer us", "vs best")  # fmt: skip
+# the peer with a column of its own on a GPU
+_COMPILED = "compile_graph"
+
+
+def columns(found: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Headings of a table of rows, which are all of one device."""
+    return _GPU_COLUMNS if found[0]["device"] == "cuda" else _COLUMNS
 
 
 def groups(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -176,32 +226,44 @@ def groups(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(labels.get(name, name), [row for row in document["rows"] if row["op"] == name]) for name in names]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """The texts of a row for `COLUMNS`."""
-    head = [row["case"], str(row["batch"]), str(row["threads"]), row["dtype"]]
+def cells(row: dict[str, Any], labels: Mapping[str, str] | None = None) -> list[Cell]:
+    """The cells of a row for `columns`; `labels` name the peers."""
+    gpu, variants = row["device"] == "cuda", row["variants"]
+    head = [Cell(row["case"]), Cell.number(row["batch"], "d")]
+    head += [] if gpu else [Cell.number(row["threads"], "d")]
+    head.append(Cell(row["dtype"]))
+    if gpu:
+        head += [Cell.number(row["bytes"] / 1e6, ".2f"), Cell.number(2 * row["macs"] / 1e9, ".3f")]
     if row["red"] is not None:
-        return [*head, f"red: {row['red']}", *[""] * 5]
-    ours = row["variants"][OURS]
-    best = row["best_peer"]
-    return [
-        *head,
-        f"{1e3 * ours['median_ms']:.1f}",
-        f"{1e3 * ours['q20_ms']:.1f} - {1e3 * ours['q80_ms']:.1f}",
-        f"{100 * ours['of_limit']:.0f} %" if "of_limit" in ours else "",
-        row.get("bound", ""),
-        f"{1e3 * row['variants'][best]['median_ms']:.1f} ({best})" if best else "",
-        (f"{row['vs_best_peer']:.2f}x" + ("" if row["headline"] else " *")) if best else "",
-    ]
+        empty = len(columns([row])) - len(head) - 1
+        return [*head, Cell(f"red: {row['red']}", None, "bad"), *[Cell("")] * empty]
+    ours, best = variants[OURS], row["best_peer"]
+    times = [_micros(ours), Cell(f"{1e3 * ours['q20_ms']:.1f} - {1e3 * ours['q80_ms']:.1f}")]
+    if gpu:
+        limit = row.get("limit_ms")
+        times += [_micros(ours, "cold_median_ms"), Cell.number(None if limit is None else 1e3 * limit, ".1f")]
+    share = ours.get("of_limit")
+    times += [Cell.number(None if share is None else 100 * share, ".0f", " %"), Cell(row.get("bound", ""))]
+    if gpu:
+        times.append(_micros(variants.get(_COMPILED, {})))
+    name = (labels or {}).get(best, best)
+    times.append(Cell(f"{1e3 * variants[best]['median_ms']:.1f} ({name})" if best else ""))
+    return [*head, *times, Cell.ratio(row.get("vs_best_peer"), "" if row["headline"] else " *")]
+
+
+def _micros(facts: dict[str, Any], key: str = "median_ms") -> Cell:
+    return Cell.number(1e3 * facts[key] if key in facts else None, ".1f")
 
 
 def tables(document: dict[str, Any]) -> list[Table]:
     views = []
     for label, found in groups(document):
         view = Table(title=label, title_justify="left", title_style="bold")
-        for index, column in enumerate(COLUMNS):
+        for index, column in enumerate(columns(found)):
             view.add_column(column, justify="left" if index == 0 else "right")
         for row in found:
-            view.add_row(*cells(row), style="bold red" if row["red"] is not None else None)
+            texts = (cell.text for cell in cells(row))
+            view.add_row(*texts, style="bold red" if row["red"] is not None else None)
         views.append(view)
     return views
 
@@ -215,10 +277,15 @@ def notes(document: dict[str, Any]) -> list[str]:
             won = sum(ratio >= 1 for ratio in ratios)
             mean = f"{geomean(ratios):.2f}x the best peer (geometric mean)"
             lines.append(f"{label}: {mean}, {won} of {len(ratios)} rows >= 1")
+    lines += _sums(document)
     for limit in document["ceilings"]:
         peaks = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in limit["peak_gflops"].items())
         levels = ", ".join(f"{name} {value:.0f}" for name, value in limit["bandwidth_gbs"].items())
-        lines.append(f"ceilings, {report.threads_text(limit['threads'])}: {peaks}; GB/s: {levels}")
+        threads = "" if "gpu" in document.get("environment", {}) else f", {report.threads_text(limit['threads'])}"
+        lines.append(f"ceilings{threads}: {peaks}; GB/s: {levels}")
+    left = document.get("not_measured", [])
+    if left:
+        lines.append(f"no time for {len(left)} rows: {'; '.join(left[:4])}{' ...' if len(left) > 4 else ''}")
     busy = sum(row.get("preempted_per_call", 0) > report.BUSY for row in document["rows"])
     if busy:
         lines.append(f"the machine was busy during {busy} of {len(document['rows'])} rows: their figures mean little")
@@ -227,6 +294,30 @@ def notes(document: dict[str, Any]) -> list[str]:
     reasons = [item for row in document["rows"] for item in row["unavailable"].items()]
     missing = {(name, reason) for name, reason in reasons if name != OURS}
     lines += [f"left out: {name}: {reason}" for name, reason in sorted(missing)]
+    return lines
+
+
+def _sums(document: dict[str, Any]) -> list[str]:
+    """Of each model all of whose blocks were measured: their times, one after another."""
+    if not document.get("blocks"):
+        return []
+    lines = []
+    settings = {(row["batch"], row["dtype"]): None for row in document["rows"]}
+    for model in MODELS:
+        expected = {place for _, case in registry.blocks([model]) for place in case.places}
+        for batch, dtype in settings:
+            same = [row for row in document["rows"] if (row["batch"], row["dtype"]) == (batch, dtype)]
+            same = [row for row in same if row["best_peer"] and OURS in row["variants"] and "limit_ms" in row]
+            counted = [(row, sum(place in expected for place in row["places"])) for row in same]
+            if sum(count for _, count in counted) != len(expected):
+                continue
+            ours = sum(count * row["variants"][OURS]["median_ms"] for row, count in counted)
+            best = sum(count * row["variants"][row["best_peer"]]["median_ms"] for row, count in counted)
+            limit = sum(count * row["limit_ms"] for row, count in counted)
+            peers = f"the best peer of each {best:.3f} ms ({best / ours:.2f}x)"
+            share = f"limit {limit:.3f} ms ({100 * limit / ours:.0f} %)"
+            where = f"blocks of {model} one after another, batch {batch}, {dtype}"
+            lines.append(f"{where}: {ours:.3f} ms, {peers}, {share}")
     return lines
 
 
@@ -245,5 +336,6 @@ def markdown(document: dict[str, Any]) -> str:
     text += "Microseconds per call, interleaved.\n\n"
     text += "".join(f"- {line}\n" for line in notes(document))
     for label, found in groups(document):
-        text += f"\n### {label}\n\n{report.markdown_table(COLUMNS, [cells(row) for row in found])}"
+        texts = [[cell.text for cell in cells(row)] for row in found]
+        text += f"\n### {label}\n\n{report.markdown_table(columns(found), texts)}"
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mnv4_ops.bench import cell, gpu, inputs, op_run, page_gpu, page_plots, pareto, report, rows
+from mnv4_ops.bench import cell, gpu, inputs, op_run, page_gpu, page_plots, pareto, report
 from mnv4_ops.bench import ops as op_registry
 from mnv4_ops.bench.op_run import geomean
 from mnv4_ops.bench.page import Cell, Picture, Section, Table
@@ -58,47 +58,24 @@ def models(stem: str, document: Document) -> Section:
 
 
 def ops(stem: str, document: Document) -> Section:
-    """Single ops."""
+    """Single ops, or the blocks of models on a GPU."""
+    what = "Blocks on a GPU" if document.get("blocks") else "Single ops"
     section = section_of(
         stem,
         document,
-        "Single ops",
-        "Microseconds per call. The limit is the larger of the multiply-accumulates at the measured FMA peak and the "
-        "bytes of input, weights and output at the measured bandwidth of the memory that holds them.",
+        what,
+        "Microseconds per call. The limit is the larger of the multiply-accumulates at the measured FMA peak (on a "
+        "GPU: rate of a matrix product) and the bytes of input, weights and output at the measured bandwidth of the "
+        "memory that holds them.",
     )
     for label, found in op_run.groups(document):
-        table = []
-        for row in found:
-            head = [
-                Cell(row["case"]),
-                Cell.number(row["batch"], "d"),
-                Cell.number(row["threads"], "d"),
-                Cell(row["dtype"]),
-            ]
-            if row["red"] is not None:
-                table.append([*head, Cell(f"red: {row['red']}", None, "bad"), *[Cell("")] * 5])
-                continue
-            ours, best = row["variants"][rows.OURS], row["best_peer"]
-            limit = ours.get("of_limit")
-            table.append(
-                [
-                    *head,
-                    Cell.number(1e3 * ours["median_ms"], ".1f"),
-                    Cell(f"{1e3 * ours['q20_ms']:.1f} - {1e3 * ours['q80_ms']:.1f}"),
-                    Cell.number(None if limit is None else 100 * limit, ".0f", " %"),
-                    Cell(row.get("bound", "")),
-                    Cell(f"{1e3 * row['variants'][best]['median_ms']:.1f} ({LABELS[best]})" if best else ""),
-                    Cell.ratio(row.get("vs_best_peer"), "" if row["headline"] else " *"),
-                ]
-            )
-        section.tables.append(Table(label, op_run.COLUMNS, table))
+        table = [op_run.cells(row, LABELS) for row in found]
+        section.tables.append(Table(label, op_run.columns(found), table))
     labels = {op.name: op.label for op in op_registry.OPS}
     good = [row for row in document["rows"] if row["red"] is None]
     if good:
         figure = page_plots.ops("Every case of every op", good, labels)
-        section.pictures.append(
-            Picture.of(figure, f"Single ops, {stem}: ratio to the best peer, fraction of the limit")
-        )
+        section.pictures.append(Picture.of(figure, f"{what}, {stem}: ratio to the best peer, fraction of the limit"))
     section.notes = op_run.notes(document)
     return section
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import mnv4_ops
 from mnv4_ops.bench import gate, machine, timing
 from mnv4_ops.bench import peers as registry
 from mnv4_ops.bench.ceilings import Ceilings
@@ -21,9 +22,12 @@ from mnv4_ops.bench.peers.base import Peer, Run, arguments_of
 OURS = "mnv4_ops"
 # a row is quoted only against all of these
 HEADLINE = {"cpu": ("onnxruntime", "openvino", "xnnpack"), "cuda": ("compile_graph",)}
+# and of attention also against the form that SDPA has fused kernels for
+HEADLINE_MQA = {"cpu": (), "cuda": ("compile_expanded_graph",)}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # of the error that the 2x rule allows us; runtimes keep other intermediates than torch does
 PEER_SLACK = 2.0
+_COLD_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,10 @@ def prepare(
     runs: dict[str, Run] = {}
     left_out: dict[str, str] = {}
     errors: dict[str, float] = {}
-    module, example = op.module(case), op.example(case, setting.batch)
+    if setting.device == "cuda":
+        # peers compile classes as they come, without the kernels of the row before
+        mnv4_ops.disable()
+    module, example = op.module_on(case, setting.device), op.example(case, setting.batch)
     judge = _Gate(module, example, setting)
     own = _placed(module, setting)
     moved = tuple(_placed(x, setting) for x in arguments_of(example))
@@ -100,7 +107,7 @@ def prepare(
             left_out[name] = reason
 
     for peer in peers_of(setting.device):
-        if peer.name in peers:
+        if peer.name in peers and peer.suits(own):
             reason = peer.available() or peer.refuses(setting.dtype)
             if reason is None and isinstance(x, tuple) and not peer.several_inputs:
                 reason = "takes modules of one input"
@@ -120,7 +127,7 @@ def _placed(thing: Any, setting: Setting) -> Any:
 def _captured(run: Run) -> Run:
     from mnv4_ops.bench import gpu_clock
 
-    return gpu_clock.captured(run)
+    return gpu_clock.captured(run, several=True)
 
 
 def describe(op: Op, case: Case, setting: Setting) -> dict[str, Any]:
@@ -159,7 +166,8 @@ def measure(
                 from mnv4_ops.bench import gpu_clock
 
                 stats = gpu_clock.interleave(runs, rounds=repeats, seconds=seconds)
-                cold = gpu_clock.interleave(runs, rounds=repeats, seconds=seconds, span=gpu_clock.cold_span)
+                rounds, short = min(repeats, _COLD_ROUNDS), seconds / 4
+                cold = gpu_clock.interleave(runs, rounds=rounds, seconds=short, span=gpu_clock.cold_span)
             else:
                 stats = timing.interleave(runs, repeats=repeats, seconds=seconds)
         switches = machine.involuntary_switches() - switches
@@ -171,6 +179,17 @@ def measure(
     row["unavailable"] = left_out
     row["red"] = None if OURS in runs else left_out[OURS]
     return derive(row, ceilings)
+
+
+def lost(op: Op, case: Case, setting: Setting, reason: str) -> dict[str, Any]:
+    """The row of a case that could not be measured."""
+    row = describe(op, case, setting)
+    return derive(row | {"preempted_per_call": 0.0, "variants": {}, "unavailable": {}, "red": reason})
+
+
+def headline_peers(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The peers that a row has to be quoted against."""
+    return HEADLINE[row["device"]] + (HEADLINE_MQA[row["device"]] if row["op"] == "mqa" else ())
 
 
 def derive(row: dict[str, Any], ceilings: Ceilings | None = None) -> dict[str, Any]:
@@ -185,7 +204,7 @@ def derive(row: dict[str, Any], ceilings: Ceilings | None = None) -> dict[str, A
             facts["of_limit"] = limit[0] / facts["median_ms"]
     others = {name: facts["median_ms"] for name, facts in variants.items() if name != OURS}
     row["best_peer"] = min(others, key=others.__getitem__) if others else None
-    row["headline"] = OURS in variants and all(name in variants for name in HEADLINE[row["device"]])
+    row["headline"] = OURS in variants and all(name in variants for name in headline_peers(row))
     if OURS in variants and others:
         row["vs_best_peer"] = others[row["best_peer"]] / variants[OURS]["median_ms"]
     return row

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.ops.base import Case, Op
+from mnv4_ops.spec import ConvSpec
 
-__all__ = ["OPS", "Case", "Op", "by_name", "select"]
+__all__ = ["OPS", "Case", "Op", "blocks", "by_name", "select"]
 
 
 def _found() -> Iterator[Op]:
@@ -42,3 +44,24 @@ def select(names: list[str]) -> list[Op]:
     if not chosen:
         raise BenchError("--ops: expected at least one op")
     return chosen
+
+
+def blocks(models: Sequence[str], resolution: int | None = None) -> list[tuple[Op, Case]]:
+    """Every distinct block of some models in order of execution, each as the op that it is: what stands between two
+    blocks of timm, not the convolutions inside of one. The last 1x1, the pool and all after it are one head.
+    """
+    head = by_name("head")
+    found: dict[tuple[str, Any, int, int], list[str]] = {}
+    for model in models:
+        for row, spec, h, w in [*Op.rows(head, model, resolution), *head.rows(model, resolution)]:
+            if row in ("4.0", "pool", "conv_head", "classifier"):
+                continue
+            if isinstance(spec, ConvSpec):
+                name = "depthwise" if spec.depthwise else "dense" if spec.kernel > 1 else "pointwise"
+            else:
+                name = next(op.name for op in OPS if getattr(op, "kind", None) == spec.kind)
+            found.setdefault((name, spec, h, w), []).append(f"{model} {row}")
+    return [
+        (by_name(name), Case(name, spec, h, w, by_name(name).shape(spec), tuple(places)))
+        for (name, spec, h, w), places in found.items()
+    ]

@@ -11,6 +11,7 @@ import torch
 from mnv4_ops import _native, check
 from mnv4_ops.bench.peers.base import Run, Unsupported
 from mnv4_ops.ops.layout import dtypes_of
+from mnv4_ops.reference.functional import ConvBN
 from mnv4_ops.spec import HeadSpec, Spec, ledger
 
 Example = torch.Tensor | tuple[torch.Tensor, ...]
@@ -74,6 +75,10 @@ class Op:
         """Plain torch in float32, eval mode, everything random; `ours` is made from it."""
         return check.random_module(case.spec)
 
+    def module_on(self, case: Case, device: str) -> torch.nn.Module:
+        """The module to compare with on a device, where the best form depends on it; float32 on the CPU."""
+        return self.module(case)
+
     def example(self, case: Case, batch: int) -> Example:
         """Random float32 input(s): [batch, C, rows, columns] unless an op says otherwise."""
         generator = torch.Generator().manual_seed(0)
@@ -102,6 +107,10 @@ class Op:
         """Our call on `x`, to be timed: in float32 on the CPU the native object alone, else the enabled module."""
         if x.dtype is torch.float32 and x.device.type == "cpu":
             return native_call(self.native(module, case), case.spec, x, threads, module)
+        return self.called(module, case, x, threads)
+
+    def called(self, module: Any, case: Case, x: Any, threads: int) -> Run:
+        """Where `ours` is no native object: the enabled module, or what else a user calls."""
         return enabled_call(module, x, threads)
 
     def native(self, module: Any, case: Case) -> Any:
@@ -142,3 +151,15 @@ def enabled_call(module: Any, x: torch.Tensor, threads: int) -> Run:
     if original:
         raise Unsupported(f"the original forward runs: {original[0].by}")
     return lambda: own(x)
+
+
+def raw_call(name: str, stages: Sequence[ConvBN], x: torch.Tensor, threads: int, *options: Any) -> Run:
+    """`torch.ops.mnv4.<name>` on the parameters of some stages: of what is no block that `enable()` takes."""
+    torch.set_num_threads(threads)
+    function = getattr(torch.ops.mnv4, name)
+    params: list[torch.Tensor | None] = []
+    for stage in stages:
+        params += [stage.weight, stage.bias, *(stage.bn[:4] if stage.bn is not None else (None,) * 4)]
+    eps = [0.0 if stage.bn is None else stage.bn.eps for stage in stages]
+    x = x.to(memory_format=torch.channels_last)
+    return lambda: function(x, params, eps, *options)

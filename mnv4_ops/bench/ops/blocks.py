@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from mnv4_ops.bench.ops.base import Op
+import torch
+
+from mnv4_ops.bench.ops.base import Case, Op
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec, head_spec, ledger
 
 
@@ -60,6 +63,14 @@ class MobileMqa(_Block):
     label = "Mobile MQA block"
     kind = "MQA"
     order = 61
+
+    def module_on(self, case: Case, device: str) -> torch.nn.Module:
+        # timm's own gives its attention to SDPA, whose fused kernels a reference of plain products would not meet
+        if device == "cpu" or importlib.util.find_spec("timm") is None:
+            return self.module(case)
+        from mnv4_ops.bench import gpu_mqa
+
+        return cast(torch.nn.Module, gpu_mqa.timm_block(case.spec))
 
 
 class Head(_Block):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from mnv4_ops.bench.ops.base import Op
+from mnv4_ops.bench.ops.base import Case, Op, raw_call
+from mnv4_ops.bench.peers.base import Run
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, Spec, UIBSpec
 
 
@@ -61,6 +63,10 @@ class Depthwise(_Conv):
 
     def takes(self, spec: ConvSpec) -> bool:
         return spec.depthwise
+
+    def called(self, module: Any, case: Case, x: Any, threads: int) -> Run:
+        spec = case.spec
+        return raw_call("depthwise", [module.params()], x, threads, spec.stride, spec.padding, spec.act)
 
 
 class Dense(_Conv):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mnv4_ops import _native, check
-from mnv4_ops.bench.ops.base import Case, Op
+from mnv4_ops.bench.ops.base import Case, Op, raw_call
 from mnv4_ops.bench.ops.conv import convolutions
+from mnv4_ops.bench.peers.base import Run
 from mnv4_ops.spec import ConvSpec, Spec
 
 
@@ -68,3 +69,9 @@ class DepthwisePointwise(Op):
         stages: list[Any] = [(0, module[0].params(), None), (3, module[1].params(), None)]
         native = _native.core.Block(**keywords)
         return check.pack(native, check.Description("Block", keywords, stages), check._address)
+
+    def called(self, module: Any, case: Case, x: Any, threads: int) -> Run:
+        first, second = case.spec.depthwise, case.spec.pointwise
+        stages = [module[0].params(), module[1].params()]
+        options = (first.stride, first.padding, first.act, second.act, False)
+        return raw_call(self.name, stages, x, threads, *options)

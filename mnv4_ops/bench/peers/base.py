@@ -59,6 +59,10 @@ class Peer:
         """
         raise NotImplementedError
 
+    def suits(self, model: torch.nn.Module) -> bool:
+        """False for a variant that is nothing of its own for this model: then nobody misses it."""
+        return True
+
     def refuses(self, dtype: str) -> str | None:
         """Why it cannot run in a dtype (`available` first), None if it can."""
         return None if dtype in self.dtypes else f"no {dtype}: computes in {', '.join(self.dtypes)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from mnv4_ops.bench.peers.base import Unsupported
@@ -15,6 +17,11 @@ class CompileExpandedGraph(CompileGraph):
     label = "torch.compile, K/V expanded, + CUDA graph"
     order = 13
     variant = "expanded"
+
+    def suits(self, model: torch.nn.Module) -> bool:
+        from mnv4_ops.bench import gpu_mqa
+
+        return importlib.util.find_spec("timm") is not None and gpu_mqa.has_attention(model)
 
     def rewritten(self, model: torch.nn.Module) -> torch.nn.Module:
         # imports this folder's list of peers itself
