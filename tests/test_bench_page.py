@@ -140,7 +140,12 @@ def test_the_section_of_a_gpu(tmp_path: Path) -> None:
     texts = [dict(zip(graphs.columns, (cell.text for cell in row), strict=True)) for row in graphs.rows]
     assert [row["vs best peer"] for row in texts] == ["3.00x", "5.00x *"]
     assert texts[0]["mnv4_ops + CUDA graph, cold L2"] == "0.200"
-    assert any("no headline" in note for note in section.notes)
+    notes = [note for note in section.notes if "no headline" in note]
+    assert notes == ["* no headline: torch.compile + CUDA graph is missing in conv_small 224"]
+    hybrid = found | {"model": "mobilenetv4_hybrid_medium"}
+    section = page_gpu.section("h", document | {"cells": [found, hybrid]})
+    notes = [note for note in section.notes if "no headline" in note]
+    assert notes == ["* no headline: torch.compile, K/V expanded, + CUDA graph is missing in hybrid_medium 224"]
     assert [cell.text for cell in tables["Peak memory of a forward without the model's own weights"].rows[0]][3:] == [
         "4", "2", "0.50"
     ]  # fmt: skip

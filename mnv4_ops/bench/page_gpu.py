@@ -17,13 +17,17 @@ _KINDS: tuple[tuple[str, str, dict[str, str], dict[str, str]], ...] = (
 )
 
 
-def headline(found: Document) -> bool:
-    """Whether the peers that a cell has to be quoted against ran in it. Of the hybrids that is the form with expanded
-    keys and values: SDPA has fused kernels for that one alone.
+def needed(found: Document) -> tuple[str, ...]:
+    """The peers that a cell has to be quoted against. Of the hybrids that is the form with expanded keys and values:
+    SDPA has fused kernels for that one alone.
     """
     hybrid = inputs.ledger_name(found["model"]).startswith("hybrid")
-    needed = {"compile_expanded_graph"} if hybrid else set(rows.HEADLINE["cuda"])
-    return gpu.OURS in found["graphs"] and needed <= set(found["graphs"])
+    return rows.HEADLINE_MQA["cuda"] if hybrid else rows.HEADLINE["cuda"]
+
+
+def headline(found: Document) -> bool:
+    """Whether ours and the peers that a cell has to be quoted against ran in it."""
+    return gpu.OURS in found["graphs"] and set(needed(found)) <= set(found["graphs"])
 
 
 def section(stem: str, document: Document) -> Section:
@@ -51,8 +55,12 @@ def section(stem: str, document: Document) -> Section:
             made.tables.append(table)
     made.notes = [f"red, no speed: {_name(found)}, batch {found['batch']}: {found['red']}" for found in red]
     made.notes += [f"not measured: {text}" for text in document.get("not_measured", [])]
-    if any(not headline(found) for found in good):
-        made.notes.append(f"* no headline: {', '.join(gpu.GRAPHS[name] for name in rows.HEADLINE['cuda'])} is missing")
+    missing: dict[str, dict[str, None]] = {}
+    for found in good:
+        for name in (*needed(found), gpu.OURS):
+            if name not in found["graphs"]:
+                missing.setdefault(gpu.GRAPHS[name], {})[_name(found)] = None
+    made.notes += [f"* no headline: {label} is missing in {', '.join(models)}" for label, models in missing.items()]
     return made
 
 
