@@ -39,7 +39,10 @@ def write(json_file: Path | None, value: Any) -> None:
         sys.stdout.write(text)
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(text)
+    # whole or not at all: a run may be cut off at any time
+    part = json_file.with_name(f"{json_file.name}.part")
+    part.write_text(text)
+    part.replace(json_file)
 
 
 def earlier(keep: bool, json_file: Path | None, schema: str, environment: Any, **same: Any) -> Any:

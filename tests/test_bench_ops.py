@@ -352,3 +352,23 @@ def test_no_suite_rots(tmp_path: Path) -> None:
     for bench in found:
         assert "mnv4_ops" in bench["extra_info"]["variants"]
         assert len(bench["extra_info"]["variants"]) > 1
+
+
+@needs_native
+def test_slow_peers_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile, LiteRT and ncnn, as far as they are installed: in a row they meet parameters like a user's."""
+    resets: list[int] = []
+    reset = torch.compiler.reset
+    monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
+    threads = torch.get_num_threads()
+    op, chosen = ops.by_name("ib"), ("torch_compile", "litert", "ncnn")
+    case = op.tiny(op.cases(["conv_small"])[0])
+    with torch.inference_mode():
+        runs, left_out, _ = rows.prepare(op, case, rows.Setting(), chosen)
+        # else the ninth row of a class would be one too many for torch.compile
+        assert resets or "torch._dynamo" not in sys.modules
+        rows.prepare(op, case, rows.Setting(), ())
+    torch.set_num_threads(threads)
+    assert resets
+    assert {"mnv4_ops", "torch_compile"} <= set(runs)
+    assert all("not installed" in reason for reason in left_out.values()), left_out

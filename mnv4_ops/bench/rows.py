@@ -6,6 +6,7 @@ Gate first (a wrong answer prints no speed), then all variants interleaved. A ro
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,9 +89,14 @@ def prepare(
     if setting.device == "cuda":
         # peers compile classes as they come, without the kernels of the row before
         mnv4_ops.disable()
-    module, example = op.module_on(case, setting.device), op.example(case, setting.batch)
+    if "torch._dynamo" in sys.modules:
+        # a class that is compiled for every row would meet the limit of its compilations
+        torch.compiler.reset()
+    # parameters as a user's are: converters refuse those of inference mode
+    with torch.inference_mode(False), torch.no_grad():
+        module, example = op.module_on(case, setting.device), op.example(case, setting.batch)
+        own = _placed(module, setting)
     judge = _Gate(module, example, setting)
-    own = _placed(module, setting)
     moved = tuple(_placed(x, setting) for x in arguments_of(example))
     x = moved if isinstance(example, tuple) else moved[0]
 
