@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+# before torch: threads that spin for their next region burn most of the time of small tensors where cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest

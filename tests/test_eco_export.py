@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import model_of_few_blocks
 from torch import Tensor
 
 import mnv4_ops
 from mnv4_ops import _native
-from mnv4_ops.reference import randomize_
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 pytestmark = [
     pytest.mark.skipif(_native.core is None, reason="no native library"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
@@ -26,7 +26,7 @@ X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def served() -> tuple[Any, Tensor]:
     """An enabled model that has been called, and what the original gives."""
-    m = randomize_(timm.create_model("mobilenetv4_conv_small_050", num_classes=6)).eval()
+    m = model_of_few_blocks("mobilenetv4_conv_small_050", num_classes=6)
     with torch.no_grad():
         want = m(X)
         mnv4_ops.enable()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from small_models import model_of_few_blocks
 from torch import Tensor, nn
 
 import mnv4_ops
 from mnv4_ops import _native, patch
-from mnv4_ops.reference import randomize_
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 pytestmark = [
     pytest.mark.skipif(_native.core is None, reason="no native library"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:Warning"),
@@ -43,7 +44,7 @@ class Graphs:
 
 
 def model(name: str = "mobilenetv4_conv_small_050") -> Any:
-    return randomize_(timm.create_model(name, num_classes=6)).eval()
+    return model_of_few_blocks(name, num_classes=6)
 
 
 def test_fullgraph_holds_one_op_per_model_or_block() -> None:
@@ -87,7 +88,7 @@ def test_hybrid_and_enable_model() -> None:
 
 @pytest.mark.slow
 def test_inductor_and_dynamic_batch() -> None:
-    m = nn.Sequential(*model().blocks[2][1:3])
+    m = nn.Sequential(*model().blocks[2][1:], copy.deepcopy(model().blocks[2][1]))
     c = m[0].pw_exp.conv.in_channels
     with torch.no_grad():
         mnv4_ops.enable()
