@@ -44,6 +44,7 @@ struct Vec256 {
     const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
   }
+#include "isa/terms_avx2.h"
 };
 
 #include "kernels/activation.h"

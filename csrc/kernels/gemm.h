@@ -20,7 +20,6 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
   constexpr int S = kUnit / V::W;  // vectors of a unit
   constexpr int NV = NU * S;
   reg acc[MR * NV];  // [MR, NU, S]
-  unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = V::zero(); });
 
   const std::ptrdiff_t bu = g.b_unit;
   constexpr int NB = (MR + 2) / 3;
@@ -42,24 +41,47 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
     });
   };
   const std::ptrdiff_t* k_off = g.k_off;
-  for (int blk = 0; blk < g.k_blocks; ++blk) {
-    int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
-    const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
-    if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
-    auto advance = [&](int n) MNV4_LAMBDA {
-      pa += n, b += n * kUnit;
-      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
-    };
-    for (; left >= 2; left -= 2) {
-      __builtin_prefetch(next, 0, 2);
-      next += next_step;
-      unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
-      advance(2);
+  // runs [from, g.k_blocks)
+  auto runs = [&](int from) MNV4_LAMBDA {
+    for (int blk = from; blk < g.k_blocks; ++blk) {
+      int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
+      const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
+      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
+      auto advance = [&](int n) MNV4_LAMBDA {
+        pa += n, b += n * kUnit;
+        if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
+      };
+      for (; left >= 2; left -= 2) {
+        __builtin_prefetch(next, 0, 2);
+        next += next_step;
+        unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
+        advance(2);
+      }
+      if (left > 0) {
+        step(pa, b, Index<0>{});
+        advance(1);
+      }
     }
-    if (left > 0) {
-      step(pa, b, Index<0>{});
-      advance(1);
+  };
+  auto clear = [&]() MNV4_LAMBDA { unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = V::zero(); }); };
+  if constexpr (HasTerms<V> && NU == 1) {
+    const int whole = g.k_last == kUnit ? g.k_blocks : g.k_blocks - 1;
+    if (g.k_len == kUnit && whole > 0) {
+      if (k_off == nullptr) {
+        V::template strided_terms<MR, Packed>(acc, a0, s1, b, whole, g.a_blk, next, 2 * next_step);
+      } else {
+        V::template listed_terms<MR, Packed>(acc, a0, s1, b, whole, k_off, next, 2 * next_step);
+      }
+      runs(whole);
+    } else if (g.k_len == 1 && k_off != nullptr && g.k_blocks % 9 == 0) {
+      V::template single_terms<MR>(acc, a0, s1, b, g.k_blocks / 9, k_off);
+    } else {
+      clear();
+      runs(0);
     }
+  } else {
+    clear();
+    runs(0);
   }
 
   if (!g.first_k) {

@@ -13,6 +13,10 @@
 template <class V>
 concept HasLanes = requires(typename V::reg r) { V::template fma_lane<0>(r, r, r); };
 
+// Vectors whose k-loop is written by hand: V::strided_terms and its kin.
+template <class V>
+concept HasTerms = V::kTerms;
+
 template <int I>
 struct Index {
   static constexpr int value = I;
