@@ -58,10 +58,13 @@
 #define MNV4_SINGLE(rows, k) "movq " #k "*8(%[list]), %[off]\n\t" MNV4_TERM(rows, k)
 #define MNV4_NINE(rows)                                                                                    \
   MNV4_SINGLE(rows, 0)                                                                                     \
-  MNV4_SINGLE(rows, 1) MNV4_SINGLE(rows, 2) MNV4_SINGLE(rows, 3) MNV4_SINGLE(rows, 4) MNV4_SINGLE(rows, 5) \
-      MNV4_SINGLE(rows, 6) MNV4_SINGLE(rows, 7) MNV4_SINGLE(rows, 8) "addq $576, %[b]\n\taddq $72, %[list]\n\t"
+  MNV4_SINGLE(rows, 1)                                                                                     \
+  MNV4_SINGLE(rows, 2)                                                                                     \
+  MNV4_SINGLE(rows, 3) MNV4_SINGLE(rows, 4) MNV4_SINGLE(rows, 5) MNV4_SINGLE(rows, 6) MNV4_SINGLE(rows, 7) \
+      MNV4_SINGLE(rows, 8) "addq $576, %[b]\n\taddq $72, %[list]\n\t"
 #define MNV4_LOOP(zero, pass) zero ".p2align 4\n1:\n\t" pass "decq %[n]\n\tjnz 1b"
-#define MNV4_READ(p) "m"(*reinterpret_cast<const float (*)[]>(p))
+// what the asm reads through p, so far as the compiler has to know
+#define MNV4_READ(p) "m"(*reinterpret_cast<const float (*)[1 << 20]>(p))
 #define MNV4_TEMPORARY "xmm13", "xmm14", "xmm15", "cc"
 
 #define MNV4_MOVE_NEAR "addq %[apart], %[p0]\n\t"

@@ -73,8 +73,9 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
         V::template listed_terms<MR, Packed>(acc, a0, s1, b, whole, k_off, next, 2 * next_step);
       }
       runs(whole);
-    } else if (g.k_len == 1 && k_off != nullptr && g.k_blocks % 9 == 0) {
+    } else if (g.k_len == 1 && k_off != nullptr && g.k_blocks >= 9) {
       V::template single_terms<MR>(acc, a0, s1, b, g.k_blocks / 9, k_off);
+      runs(g.k_blocks / 9 * 9);
     } else {
       clear();
       runs(0);
@@ -321,7 +322,27 @@ void gemm_strip(const GemmArgs& g, const Strip& s, int pixels) {
 }
 
 template <class Cfg, class T = float>
+void gemm(const BasicGemmArgs<T>& g);
+
+// The product with each term of short runs in a list of its own, where the loop over single terms is the faster one.
+template <class Cfg>
+bool gemm_singles(const GemmArgs& g) {
+  constexpr int most = 128;
+  const int terms = (g.k_blocks - 1) * g.k_len + g.k_last;
+  if (g.k_off == nullptr || g.k_len == 1 || g.k_len >= kUnit || g.k_last != g.k_len || terms > most) return false;
+  std::ptrdiff_t list[most];
+  for (int i = 0; i < terms; ++i) list[i] = g.k_off[i / g.k_len] + i % g.k_len;
+  GemmArgs a = g;
+  a.k_off = list, a.k_blocks = terms, a.k_len = a.k_last = 1;
+  gemm<Cfg>(a);
+  return true;
+}
+
+template <class Cfg, class T>
 void gemm(const BasicGemmArgs<T>& g) {
+  if constexpr (HasTerms<typename Cfg::V>) {
+    if (gemm_singles<Cfg>(g)) return;
+  }
   Strip s;
   const bool one_row = g.rows == 1 || g.a_row == g.cols * g.a_pix;
   const bool packed = g.a_pix == kUnit && one_row;
