@@ -14,10 +14,12 @@ from pathlib import Path
 
 # FMA instructions from which on a loop counts as a k-loop: two terms, four accumulators
 MIN_FMA = 2 * 4
-TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles|10half_tiles)I.*)>:$")
-# vector type, pixels, units of 16 channels, packed, and of half_tiles whether its chains are the short ones
+TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles|10half_tiles|10term_tiles)I.*)>:$")
+# vector type, pixels, units of 16 channels (term_tiles have one), packed, and of half_tiles whether its chains are the
+# short ones
 SHAPE = re.compile(
-    r"(?:9gemm_tile|10lane_tiles|10half_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)ELi(\d+)ELb([01])E(?:Lb([01])E)?"
+    r"(?:9gemm_tile|10lane_tiles|10half_tiles|10term_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)E(?:Li(\d+)E)?Lb([01])E"
+    r"(?:Lb([01])E)?"
 )
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
@@ -52,7 +54,7 @@ class Instruction:
 
 
 def _tiles(objdump: str, file: Path) -> dict[str, list[Instruction]]:
-    """Instructions of each instance of gemm_tile, lane_tiles and half_tiles, by its mangled name."""
+    """Instructions of each instance of gemm_tile, term_tiles, lane_tiles and half_tiles, by its mangled name."""
     text = subprocess.run(
         [objdump, "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True, check=True
     ).stdout
@@ -94,7 +96,7 @@ def problems(objdump: str, file: Path) -> tuple[int, list[str]]:
         shape = SHAPE.search(name)
         if shape is None or shape[1] not in LANES or shape[5] == "1":
             continue
-        rows, units = int(shape[2]), int(shape[3])
+        rows, units = int(shape[2]), int(shape[3] or 1)
         accumulators = rows * units * 16 // LANES[shape[1]]
         label = f"{shape[1]} {rows} pixels x {units} units, packed {shape[4]}"
         if accumulators < 4:

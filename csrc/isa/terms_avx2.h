@@ -56,12 +56,8 @@
   MNV4_FOUR(rows, 0, 1, 2, 3) \
   MNV4_FOUR(rows, 4, 5, 6, 7) MNV4_FOUR(rows, 8, 9, 10, 11) MNV4_FOUR(rows, 12, 13, 14, 15) "addq $1024, %[b]\n\t"
 #define MNV4_SINGLE(rows, k) "movq " #k "*8(%[list]), %[off]\n\t" MNV4_TERM(rows, k)
-#define MNV4_NINE(rows)                                                                                    \
-  MNV4_SINGLE(rows, 0)                                                                                     \
-  MNV4_SINGLE(rows, 1)                                                                                     \
-  MNV4_SINGLE(rows, 2)                                                                                     \
-  MNV4_SINGLE(rows, 3) MNV4_SINGLE(rows, 4) MNV4_SINGLE(rows, 5) MNV4_SINGLE(rows, 6) MNV4_SINGLE(rows, 7) \
-      MNV4_SINGLE(rows, 8) "addq $576, %[b]\n\taddq $72, %[list]\n\t"
+#define MNV4_THREE(rows) \
+  MNV4_SINGLE(rows, 0) MNV4_SINGLE(rows, 1) MNV4_SINGLE(rows, 2) "addq $192, %[b]\n\taddq $24, %[list]\n\t"
 #define MNV4_LOOP(zero, pass) zero ".p2align 4\n1:\n\t" pass "decq %[n]\n\tjnz 1b"
 // what the asm reads through p, so far as the compiler has to know
 #define MNV4_READ(p) "m"(*reinterpret_cast<const float (*)[1 << 20]>(p))
@@ -88,7 +84,7 @@
                : MNV4_TEMPORARY)
 #define MNV4_SINGLES(MR)                                                                                          \
   if constexpr (rows == MR)                                                                                       \
-  asm volatile(MNV4_LOOP(MNV4_ZERO_##MR, MNV4_NINE(MNV4_EACH_##MR))                                               \
+  asm volatile(MNV4_LOOP(MNV4_ZERO_##MR, MNV4_THREE(MNV4_EACH_##MR))                                              \
                : MNV4_SUMS_##MR, [off] "=&r"(off), [b] "+&r"(b), [n] "+&r"(n), [list] "+&r"(list)                 \
                : [m0] "r"(m0), [m1] "r"(m1), [m2] "r"(m2), [m3] "r"(m3), [m4] "r"(m4), [m5] "r"(m5), MNV4_READ(a) \
                : MNV4_TEMPORARY)
@@ -105,13 +101,13 @@
 
 static constexpr bool kTerms = true;
 
-// In all of them: acc[pixel][2] becomes the sum of 16 (or 9) * n terms, n > 0. a: pixel 0; pix: floats between pixels,
-// 16 when `Near`. b: [term][16], ends after them. With each 4 terms a line of `next` goes into L2, which then moves on
+// In all of them: acc[pixel][2] becomes the sum of 16 (or 3) * n terms, n > 0. a: pixel 0; pix: floats between pixels,
+// 16 when `Near`. b: [term][16]. With each 4 terms a line of `next` goes into L2, which then moves on
 // by `step` bytes.
 
 // The terms of pass i lie i * apart floats after a.
 template <int rows, bool Near, int N>
-static MNV4_INLINE void strided_terms(reg (&acc)[N], const float* a, std::ptrdiff_t pix, const float*& b,
+static MNV4_INLINE void strided_terms(reg (&acc)[N], const float* a, std::ptrdiff_t pix, const float* b,
                                       std::ptrdiff_t n, std::ptrdiff_t apart, const char* next, std::ptrdiff_t step) {
   const float *p0 = a, *p1 = a + 3 * pix;
   const std::ptrdiff_t s1 = pix, s2 = 2 * pix;
@@ -137,7 +133,7 @@ static MNV4_INLINE void strided_terms(reg (&acc)[N], const float* a, std::ptrdif
 
 // The terms of pass i lie list[i] floats after a.
 template <int rows, bool Near, int N>
-static MNV4_INLINE void listed_terms(reg (&acc)[N], const float* a, std::ptrdiff_t pix, const float*& b,
+static MNV4_INLINE void listed_terms(reg (&acc)[N], const float* a, std::ptrdiff_t pix, const float* b,
                                      std::ptrdiff_t n, const std::ptrdiff_t* list, const char* next,
                                      std::ptrdiff_t step) {
   const float *a0 = a, *a1 = a + 3 * pix, *p0, *p1;
@@ -161,9 +157,9 @@ static MNV4_INLINE void listed_terms(reg (&acc)[N], const float* a, std::ptrdiff
   MNV4_RESULT;
 }
 
-// Each term lies somewhere else: 9 * n places in `list`. Nothing is fetched: so few terms are a stem's.
+// Each term lies somewhere else: 3 * n places in `list`. Nothing is fetched: so few terms are a stem's.
 template <int rows, int N>
-static MNV4_INLINE void single_terms(reg (&acc)[N], const float* a, std::ptrdiff_t pix, const float*& b,
+static MNV4_INLINE void single_terms(reg (&acc)[N], const float* a, std::ptrdiff_t pix, const float* b,
                                      std::ptrdiff_t n, const std::ptrdiff_t* list) {
   const float *m0 = a, *m1 = a + pix, *m2 = m1 + pix, *m3 = m2 + pix, *m4 = m3 + pix, *m5 = m4 + pix;
   std::ptrdiff_t off;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/gemm_lanes.h"
+#include "kernels/gemm_terms.h"
 
 inline constexpr int kStrip = 208;  // pixels handled together: 32 channels of C stay in L1 between the parts of a sum
 
@@ -20,6 +21,7 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
   constexpr int S = kUnit / V::W;  // vectors of a unit
   constexpr int NV = NU * S;
   reg acc[MR * NV];  // [MR, NU, S]
+  unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = V::zero(); });
 
   const std::ptrdiff_t bu = g.b_unit;
   constexpr int NB = (MR + 2) / 3;
@@ -41,48 +43,24 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
     });
   };
   const std::ptrdiff_t* k_off = g.k_off;
-  // runs [from, g.k_blocks)
-  auto runs = [&](int from) MNV4_LAMBDA {
-    for (int blk = from; blk < g.k_blocks; ++blk) {
-      int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
-      const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
-      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
-      auto advance = [&](int n) MNV4_LAMBDA {
-        pa += n, b += n * kUnit;
-        if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
-      };
-      for (; left >= 2; left -= 2) {
-        __builtin_prefetch(next, 0, 2);
-        next += next_step;
-        unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
-        advance(2);
-      }
-      if (left > 0) {
-        step(pa, b, Index<0>{});
-        advance(1);
-      }
+  for (int blk = 0; blk < g.k_blocks; ++blk) {
+    int left = blk + 1 == g.k_blocks ? g.k_last : g.k_len;
+    const float* pa = a0 + (k_off != nullptr ? k_off[blk] : blk * g.a_blk);
+    if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] = pa + 3 * i * s1; });
+    auto advance = [&](int n) MNV4_LAMBDA {
+      pa += n, b += n * kUnit;
+      if constexpr (!Packed) unroll<NB>([&](auto i) MNV4_LAMBDA { base[i] += n; });
+    };
+    for (; left >= 2; left -= 2) {
+      __builtin_prefetch(next, 0, 2);
+      next += next_step;
+      unroll<2>([&](auto kk) MNV4_LAMBDA { step(pa, b, kk); });
+      advance(2);
     }
-  };
-  auto clear = [&]() MNV4_LAMBDA { unroll<MR * NV>([&](auto i) MNV4_LAMBDA { acc[i] = V::zero(); }); };
-  if constexpr (HasTerms<V> && NU == 1) {
-    const int whole = g.k_last == kUnit ? g.k_blocks : g.k_blocks - 1;
-    if (g.k_len == kUnit && whole > 0) {
-      if (k_off == nullptr) {
-        V::template strided_terms<MR, Packed>(acc, a0, s1, b, whole, g.a_blk, next, 2 * next_step);
-      } else {
-        V::template listed_terms<MR, Packed>(acc, a0, s1, b, whole, k_off, next, 2 * next_step);
-      }
-      runs(whole);
-    } else if (g.k_len == 1 && k_off != nullptr && g.k_blocks >= 9) {
-      V::template single_terms<MR>(acc, a0, s1, b, g.k_blocks / 9, k_off);
-      runs(g.k_blocks / 9 * 9);
-    } else {
-      clear();
-      runs(0);
+    if (left > 0) {
+      step(pa, b, Index<0>{});
+      advance(1);
     }
-  } else {
-    clear();
-    runs(0);
   }
 
   if (!g.first_k) {
@@ -215,46 +193,57 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
   const std::ptrdiff_t step = next.p != b ? 128 / rounds : 0, round_bytes = terms / 2 * step;
   const char* round = reinterpret_cast<const char*>(next.p);
   int turn = 0;
-  // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
-  int tiles = 0, taller = 0, mr = 0;
-  TileFn fn = nullptr;
-  for (int p = 0; p < pixels;) {
-    if (tiles == 0) {
-      const int left = Packed ? pixels - p : s.left[p];
-      tiles = (left + max_rows - 1) / max_rows;
-      mr = (left + tiles - 1) / tiles;
-      taller = left - (mr - 1) * tiles;
-      fn = find_tile<Cfg, Packed>(mr, nu);
-    } else if (taller == 0) {
-      --mr;
-      taller = tiles;
-      fn = find_tile<Cfg, Packed>(mr, nu);
-    }
-    --tiles, --taller;
+  Walk walk = Walk::other;
+  if constexpr (HasTerms<V>) walk = nu == 1 ? walk_of(g) : Walk::other;
+  // one tile: pixels from p on
+  auto tile = [&](int mr, int p, float* to, const std::ptrdiff_t* c_off, const float* r, const std::ptrdiff_t* r_off) {
     const char* fetch = round + turn * next.unit * static_cast<std::ptrdiff_t>(sizeof(float));
     if (++turn == nu) turn = 0, round += round_bytes;
-    if (!partial) {
-      fn(g, b, bias, s.a + p, c, s.c + p, res, s.r + p, fetch, step);
-      if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c, s.c + p, res, s.r + p);
-    } else {
-      // the last unit has fewer than 16 channels in C: compute in a scratch tile and copy what exists
-      std::ptrdiff_t off[Cfg::kTallRows];
-      for (int m = 0; m < mr; ++m) {
-        off[m] = m * kUnit;
-        for (int i = 0; i < g.n_last; ++i) {
-          if (!g.first_k) c_tmp[m * kUnit + i] = c[s.c[p + m] + i];
-          if (res != nullptr) r_tmp[m * kUnit + i] = res[s.r[p + m] + i];
-        }
-        for (int i = g.n_last; i < kUnit; ++i) c_tmp[m * kUnit + i] = r_tmp[m * kUnit + i] = 0.0f;
-      }
-      const float* r = res != nullptr ? r_tmp : nullptr;
-      fn(g, b, bias, s.a + p, c_tmp, off, r, off, fetch, step);
-      if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c_tmp, off, r, off);
-      for (int m = 0; m < mr; ++m) {
-        for (int i = 0; i < g.n_last; ++i) c[s.c[p + m] + i] = c_tmp[m * kUnit + i];
+    if constexpr (HasTerms<V>) {
+      if (walk != Walk::other) {
+        const TermTilesFn fn = pick_term_tiles<V, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
+        return fn(g, walk, Tiles{b, bias, to, r, s.a + p, c_off, r_off, fetch, 2 * step, 0, 1});
       }
     }
-    p += mr;
+    find_tile<Cfg, Packed>(mr, nu)(g, b, bias, s.a + p, to, c_off, r, r_off, fetch, step);
+  };
+  for (int p = 0; p < pixels;) {
+    // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
+    const int left = Packed ? pixels - p : s.left[p], tiles = (left + max_rows - 1) / max_rows;
+    int mr = (left + tiles - 1) / tiles;
+    for (int n = left - (mr - 1) * tiles, rest = tiles - n; n > 0; n = rest, rest = 0, --mr) {
+      if constexpr (HasTerms<V>) {
+        if (walk != Walk::other && !partial && g.act != Act::gelu) {
+          const TermTilesFn fn = pick_term_tiles<V, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
+          fn(g, walk, Tiles{b, bias, c, res, s.a + p, s.c + p, s.r + p, round, 2 * step, round_bytes, n});
+          p += n * mr, round += n * round_bytes;
+          continue;
+        }
+      }
+      for (int i = 0; i < n; ++i, p += mr) {
+        if (!partial) {
+          tile(mr, p, c, s.c + p, res, s.r + p);
+          if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c, s.c + p, res, s.r + p);
+          continue;
+        }
+        // the last unit has fewer than 16 channels in C: compute in a scratch tile and copy what exists
+        std::ptrdiff_t off[Cfg::kTallRows];
+        for (int m = 0; m < mr; ++m) {
+          off[m] = m * kUnit;
+          for (int j = 0; j < g.n_last; ++j) {
+            if (!g.first_k) c_tmp[m * kUnit + j] = c[s.c[p + m] + j];
+            if (res != nullptr) r_tmp[m * kUnit + j] = res[s.r[p + m] + j];
+          }
+          for (int j = g.n_last; j < kUnit; ++j) c_tmp[m * kUnit + j] = r_tmp[m * kUnit + j] = 0.0f;
+        }
+        const float* r = res != nullptr ? r_tmp : nullptr;
+        tile(mr, p, c_tmp, off, r, off);
+        if (g.act == Act::gelu && g.last_k) gelu_tile<V>(g, mr, nu, c_tmp, off, r, off);
+        for (int m = 0; m < mr; ++m) {
+          for (int j = 0; j < g.n_last; ++j) c[s.c[p + m] + j] = c_tmp[m * kUnit + j];
+        }
+      }
+    }
   }
 }
 
@@ -328,7 +317,7 @@ void gemm(const BasicGemmArgs<T>& g);
 template <class Cfg>
 bool gemm_singles(const GemmArgs& g) {
   constexpr int most = 128;
-  const int terms = (g.k_blocks - 1) * g.k_len + g.k_last;
+  const int terms = g.k_blocks * g.k_len;
   if (g.k_off == nullptr || g.k_len == 1 || g.k_len >= kUnit || g.k_last != g.k_len || terms > most) return false;
   std::ptrdiff_t list[most];
   for (int i = 0; i < terms; ++i) list[i] = g.k_off[i / g.k_len] + i % g.k_len;
