@@ -168,7 +168,7 @@ MEASURED = {
         "float16": (("hybrid_medium", "hybrid_large"), False),
         "bfloat16": (tuple(MODELS), False),
         "float32": (tuple(MODELS), False),
-        "float32_tf32": (("conv_small", "conv_medium", "hybrid_medium", "hybrid_large"), False),
+        "float32_tf32": (tuple(MODELS), False),
     },
 }
 

@@ -4,7 +4,8 @@
 first use. `tuned/` holds the tables of tuned configurations, one per GPU; `index.json` says which GPUs share theirs.
 
 File by operation: pointwise.py ([depthwise ->] 1x1), expand.py ([depthwise ->] 1x1 with the input on chip, FFN,
-ConvNext), depthwise.py, dense.py (stem, conv, FusedIB), head.py (1x1 + pool), mqa.py (Mobile MQA), attention.py.
+ConvNext), depthwise.py, dense.py (stem, conv, FusedIB), head.py (1x1 + pool), vector.py (1x1 of one
+or two pixels), mqa.py (Mobile MQA), attention.py.
 plan.py takes a block apart, config.py chooses tiles, build.py makes launches, launch.py starts them; block.py,
 mqa_block.py (with mqa_config.py, mqa_tune.py) and attention_op.py are the interface.
 """

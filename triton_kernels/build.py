@@ -13,6 +13,7 @@ from .head import pool_kernel
 from .launch import Launch
 from .plan import Op, Packed
 from .pointwise import pointwise_kernel
+from .vector import vector_kernel
 
 MAX_COUNTERS = 4096
 
@@ -119,6 +120,8 @@ def build_op(
     }  # fmt: skip
     if op.kind == "dense":
         return _build_dense(op, cfg, packed, precision, scalars, x, residual, out, strides)
+    if cfg["path"] == "vector":
+        return _build_vector(op, cfg, packed[op.stages[0]], scalars["J"], x, residual, out)
     rows = cfg["rows"] if kernel else 1
     block_j = cfg["j"] if kernel else cfg["j"] * cfg["rows"]
     if kernel:
@@ -190,6 +193,19 @@ def build_op(
         lambda p, c, z, s: [x, t, w, first.affine, residual, out, p, s if with_strip else x, c, z],
         scalars, constants, options(cfg), first.affine, split, rows * block_j * block_n,
         strip=strip if with_strip else (0, None),
+    )  # fmt: skip
+
+
+def _build_vector(op: Op, cfg: Config, only: Packed, pixels: int, x: Any, residual: Any, out: Any) -> Build:
+    constants = {
+        "C": op.c_in, "N": op.c_out, "NP": only.np, "ACT": op.act, "RESIDUAL": op.residual, "BLOCK_K": cfg["k"],
+        "BLOCK_N": cfg["n"], "ZERO": 0,
+    }  # fmt: skip
+    return Build(
+        vector_kernel, (pixels, -(-op.c_out // cfg["n"]), 1),
+        # sums of fp32 products whatever is allowed: exact weights
+        lambda p, c, z, s: [x, only.w, only.affine, residual, out, z],
+        {"J": pixels}, constants, options(cfg), only.affine,
     )  # fmt: skip
 
 

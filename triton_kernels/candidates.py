@@ -24,8 +24,12 @@ def candidates(op: Op, n: int, h: int, w: int, dtype: torch.dtype, exact: bool, 
     pixels = n * ho * wo
     first = config.formula(op, n, h, w, dtype.itemsize, exact, sms)
     out: list[Config] = [first]
+    few = op.kind == "pointwise" and not op.kernel and pixels <= 4 * config.VECTOR_PIXELS
+    if few:
+        for k in (256, 512):
+            out += [{**config.vector(op, n), "k": k, "warps": warps} for n in (16, 32) for warps in (4, 8)]
     if exact:
-        if op.kind == "pointwise":
+        if op.kind == "pointwise" and first["path"] == "pointwise":
             out += [{**first, "n0": 32}, {**first, "k": 16}, {**first, "j": first["j"] * 2, "warps": 8}]
         if op.kind == "dense":
             out += [{**first, "p": 64, "warps": 8}]

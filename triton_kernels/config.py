@@ -20,6 +20,8 @@ TUNED = Path(__file__).parent / "tuned"
 BUCKETS = (1, 8, 64, 256)
 # one expanded kernel holds all input channels in pieces of one tile each
 MAX_PIECES = 8
+# a 1x1 of up to so many pixels reads its weights for each of them instead of using the tensor cores
+VECTOR_PIXELS = 2
 # a measured choice serves sizes up to this factor in pixels away
 NEAR = 6
 
@@ -81,6 +83,11 @@ def wants_apart(op: Op, exact: bool) -> bool:
     return op.kind == "pointwise" and op.kernel > 0 and (op.c_in >= 512 or (exact and op.c_out > 64))
 
 
+def vector(op: Op, n: int) -> Config:
+    """The tile of a 1x1 of very few pixels: `n` output channels a program."""
+    return {"path": "vector", "k": min(8192 // n, next_pow2(op.c_in)), "n": n, "warps": 4 if n == 16 else 8}
+
+
 def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int = 132) -> Config:
     """A tile that is never bad. `exact`: fp32 products outside the tensor cores, which wants small tiles."""
     ho, wo = op.out_hw(h, w)
@@ -118,6 +125,8 @@ def formula(op: Op, n: int, h: int, w: int, itemsize: int, exact: bool, sms: int
             "path": "ffn", "rows": rows, "j": p // rows, "k": piece_k(op.c_in), "m": 64, "n0": n0, "n1": n1,
             "warps": 8 if p == 128 or n0 > 128 else 4, "stages": 2,
         }  # fmt: skip
+    if pixels <= VECTOR_PIXELS and not op.kernel:
+        return vector(op, 16 if pixels == 1 else 32)
     rows = rows_for(ho, op.kernel)
     if exact:
         return {

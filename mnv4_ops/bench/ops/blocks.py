@@ -8,7 +8,8 @@ from typing import Any, ClassVar, cast
 
 import torch
 
-from mnv4_ops.bench.ops.base import Case, Op
+from mnv4_ops.bench.ops.base import Case, Op, raw_call
+from mnv4_ops.bench.peers.base import Run
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, HeadSpec, MQASpec, Spec, UIBSpec, head_spec, ledger
 
 
@@ -82,6 +83,10 @@ class Head(_Block):
     def rows(self, model: str, resolution: int | None) -> Iterator[tuple[str, Spec, int, int]]:
         last = next(entry for entry in ledger(model, resolution) if entry.name == "4.0")
         yield "head", head_spec(model), last.height, last.width
+
+    def called(self, module: Any, case: Case, x: Any, threads: int) -> Run:
+        """The op: `enable()` knows a head by the model of which it is a part."""
+        return raw_call(self.name, list(module.params()), x, threads, case.spec.act)
 
 
 def shape(spec: Spec) -> str:
