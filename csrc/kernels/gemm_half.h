@@ -4,14 +4,22 @@
 // result torch rounds only once.
 #pragma once
 
-// V::reg holds 8 elements; `hi` + `lo` is the sum.
+// V::reg holds 8 elements; `from` + `lo` is the sum, afterwards `to` + `lo`. That it moves to another array saves
+// copies.
+template <class V, int N>
+MNV4_INLINE void carry(typename V::reg (&from)[N], typename V::reg (&lo)[N], typename V::reg (&to)[N]) {
+  unroll<N>([&](auto i) MNV4_LAMBDA {
+    to[i] = V::add(from[i], lo[i]);
+    from[i] = V::sub(from[i], to[i]);
+    lo[i] = V::add(lo[i], from[i]);
+  });
+}
+
 template <class V, int N>
 MNV4_INLINE void carry(typename V::reg (&hi)[N], typename V::reg (&lo)[N]) {
-  unroll<N>([&](auto i) MNV4_LAMBDA {
-    const typename V::reg s = V::add(hi[i], lo[i]);
-    lo[i] = V::sub(lo[i], V::sub(s, hi[i]));
-    hi[i] = s;
-  });
+  typename V::reg sum[N];
+  carry<V>(hi, lo, sum);
+  unroll<N>([&](auto i) MNV4_LAMBDA { hi[i] = sum[i]; });
 }
 
 // `tiles` times MR pixels x NU units, see lane_tiles. `after` holds factors and what is added, [unit][4][16]. False if
@@ -92,13 +100,9 @@ __attribute__((noinline)) bool half_tiles(const BasicGemmArgs<Half>& g, const Ha
         oct(lo, odd, Index<8>{}, none);
         advance(step), left -= kUnit;
       };
-      // carries, and adds a part; the sum moves from one array to the other, which saves copies
+      // carries, and adds a part
       auto turn = [&](reg(&from)[N], reg(&to)[N]) MNV4_LAMBDA {
-        unroll<N>([&](auto i) MNV4_LAMBDA {
-          to[i] = V::add(from[i], lo[i]);
-          from[i] = V::sub(from[i], to[i]);
-          lo[i] = V::add(lo[i], from[i]);
-        });
+        carry<V>(from, lo, to);
         // the pixels' terms are not loaded before all this
         if constexpr (V::kTies) row[0] = V::after(row[0], lo);
         part(from, odd_one);
