@@ -128,3 +128,13 @@ def test_a_red_outcome_is_written_and_counts(tmp_path: Path) -> None:
         cli_common.finish(Outcome({"rows": []}, "", False), file, None)
     assert getattr(caught.value, "exit_code", None) == 1
     assert json.loads(file.read_text()) == {"rows": []}
+
+
+def test_what_one_sitting_had_no_time_for() -> None:
+    row = _row("ib", "a", 1, 0.5)
+    old = _ops(1, 1.0, 1, row) | {"not_measured": ["ib b, batch 1, float32", "ib c, batch 1, float32"]}
+    new = _ops(1, 1.0, 1, _row("ib", "b", 1, 0.5)) | {"not_measured": ["ffn d, batch 1, float32"]}
+    document, text = join.joined(old, new)
+    assert document["not_measured"] == ["ib c, batch 1, float32", "ffn d, batch 1, float32"]
+    assert "no time for 2 rows: ib c" in text
+    assert "not_measured" not in join.joined(_ops(1, 1.0, 1, row), _ops(1, 1.0, 1, row))[0]

@@ -17,15 +17,15 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
 
 CODE = """
-import copy, pytest, timm, torch
+import copy, pytest, torch
 import mnv4_ops, standin
 from mnv4_ops import check_gpu
 import mnv4_ops.triton_kernels as kernels
 from mnv4_ops.ops import cuda
-from mnv4_ops.reference import randomize_
 from rule import assert_2x
+from small_models import model_of_few_blocks
 
-model = randomize_(timm.create_model("mobilenetv4_conv_small_035", num_classes=7)).eval()
+model = model_of_few_blocks("mobilenetv4_conv_small_035", num_classes=7)
 with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode(), check_gpu.ieee():
     patch.setattr(cuda, "kernels", lambda: kernels)
     for dtype, size in [(torch.float16, (2, 3, 32, 35)), (torch.float32, (1, 3, 33, 32))]:

@@ -30,7 +30,7 @@ from kernel_helpers import (
 
 import mnv4_ops
 from mnv4_ops import _native, check
-from mnv4_ops.spec import Spec, ledger
+from mnv4_ops.spec import HeadSpec, Spec, ledger
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
 
@@ -91,9 +91,10 @@ def test_equal_images_give_equal_rows(name: str, tier: str) -> None:
                 assert_same_bits(row, alone)
 
 
-def test_equal_images_give_equal_rows_of_a_head(tier: str) -> None:
-    head = built(LARGEST["Head"].spec)
-    image = torch.randn(1, LARGEST["Head"].spec.channels[0], 5, 7)
+@pytest.mark.parametrize("spec", [LARGEST["Head"].spec, HeadSpec(40, 96, 72, 37)], ids=["largest", "small"])
+def test_equal_images_give_equal_rows_of_a_head(spec: Spec, tier: str) -> None:
+    head = built(spec)
+    image = torch.randn(1, spec.channels[0], 5, 7)
     alone = run(head, image, 1)
     # 16 images are pooled at once
     for batch in (2, 17, 33):

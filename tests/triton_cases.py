@@ -232,8 +232,10 @@ def small_cases() -> Iterator[tuple[str, torch.dtype, dict[str, Any], tuple[int,
     }  # fmt: skip
     for i, (name, (structure, choice)) in enumerate(variants.items()):
         desc = structures(acts[i % 4], 19, 40, 21)[structure]
+        # two images and one in chunks of two; pixels enough for the rms where the stride is 1
+        size = (3, 4, 5) if choice["chunk"] == 2 else (2, 5, 5)
         for dtype in (torch.float32, torch.float16):
-            yield name, dtype, desc, (3, 5, 6), "channels_last", choice
+            yield name, dtype, desc, size, "channels_last", choice
 
 
 def special_values(device: str) -> None:

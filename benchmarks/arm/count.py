@@ -1,12 +1,15 @@
 """Counts instructions of the layers under emulation, models their cycles, and compares both with what is recorded.
 
     python benchmarks/arm/count.py loops BUILD                      main loops reach their share of the FMA peak
+    python benchmarks/arm/count.py osaca BUILD OSACA                a second opinion on them, into arm.json and arm.md
     python benchmarks/arm/count.py gate BUILD PLUGIN SYSROOT        instructions as in results/arm.json
+    python benchmarks/arm/count.py misses BUILD CACHE SYSROOT [XNNPACK_MISSES]    of simulated caches, into both
     python benchmarks/arm/count.py record BUILD PLUGIN SYSROOT [XNNPACK_BLOCKS]   writes arm.json and arm.md
 
-BUILD has the driver `layers`, PLUGIN is count.c compiled. XNNPACK_BLOCKS is a folder of the plugin's files of
-xnnpack_run.py, one a model (conv_small.txt: the layers in order, then the whole model if there is one); of models
-without a file what was recorded stays.
+BUILD has the driver `layers`, PLUGIN is count.c compiled, CACHE cache.c, OSACA the command of that name (pip install
+osaca). XNNPACK_BLOCKS is a folder of the plugin's files of xnnpack_run.py, one a model (conv_small.txt: the layers in
+order, then the whole model if there is one), XNNPACK_MISSES one of cache.c's; of models without a file what was
+recorded stays.
 Emulated, counted, modelled: not timed on hardware.
 """
 
@@ -23,17 +26,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cache_misses
+import main_loops
+
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 CPUS = ("neoverse-n1", "neoverse-v1", "neoverse-v2", "cortex-a55")
 CLOSE = 0.01
 COVERED = 0.995  # share of the instructions whose blocks are modelled
-MAIN_LOOP = 0.95  # of the peak of the vector pipes
 LIMITS = {"UIB": 0.90, "1x1": 0.95, "depthwise": 0.60, "MQA": 0.95}  # instructions, ours / XNNPACK's, by group
 HALF = 0.70  # modelled cycles of a Neoverse N1, fp16 / fp32, of whole models
 # FMLA (vector) and (by element) of fp32 and fp64, then of fp16: bits of the encoding that say so, and their values
 FMA = ((0xBFA0FC00, 0x0E20CC00), (0xBF80F400, 0x0F801000), (0xBFE0FC00, 0x0E400C00), (0xBFC0F400, 0x0F001000))
-PEAK = {"neoverse-n1": 2, "neoverse-v1": 4}  # FMA a cycle
 Blocks = Counter[tuple[str, ...]]  # words of a block -> how often it ran
 
 
@@ -100,7 +104,7 @@ def emulate(
     with ThreadPoolExecutor(2) as pool:
         layers = pool.submit(lambda: run(lines) if lines else [])
         model = pool.submit(lambda: run(parts["model"], "model") if parts["model"] else [])
-        return dict(zip(_names(parts), [*layers.result(), *model.result()[-1:]], strict=True))
+        return dict(zip(_names(parts), [*layers.result(), *model.result()], strict=True))
 
 
 def kinds(blocks: Blocks) -> dict[str, int]:
@@ -176,43 +180,6 @@ def cycles(all_blocks: list[Blocks]) -> list[dict[str, float]]:
     return result
 
 
-def main_loops(build: Path) -> list[str]:
-    """What is wrong with the k-loops of the tallest tiles in fp32 and fp16; prints their share of the peak."""
-    sys.path.insert(0, str(HERE.parents[1] / "tests"))
-    from test_disassembly import LANES, SHAPE, _tiles, main_loop
-
-    wrong = []
-    for source, vector in (("neon", "VecNeon"), ("neon_fp16", "VecHalf")):
-        (file,) = (p for p in build.rglob(f"{source}.cpp.o"))
-        tiles = {}
-        for name, body in _tiles("aarch64-linux-gnu-objdump", file).items():
-            if (shape := SHAPE.search(name)) and shape[1] == vector and shape[3] == "1" and shape[5] != "1":
-                tiles[int(shape[2]), shape[4]] = body
-        rows = max(rows for rows, _ in tiles)
-        for packed in "01":
-            loop = main_loop(tiles[rows, packed], rows * 16 // LANES[vector])
-            fma = sum(i.is_fma for i in loop)
-            # in fp16 the additions that keep what a sum loses
-            arithmetic = fma + sum(i.name in ("fadd", "fsub") for i in loop)
-            code = "\n".join(f"{i.name} {i.operands.split('//')[0].split('<')[0]}" for i in loop if i.target is None)
-            stores = sum(i.is_store for i in loop)
-            for cpu, peak in PEAK.items():
-                output = subprocess.run(
-                    ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+fullfp16", "-iterations=1000"],
-                    input=code, capture_output=True, text=True, check=True,
-                ).stdout  # fmt: skip
-                found = re.search(r"Total Cycles:\s+(\d+)", output)
-                assert found is not None
-                share, busy = (n * 1000 / int(found[1]) / peak for n in (fma, arithmetic))
-                print(
-                    f"{source} {rows} pixels x 16 channels, packed {packed}: {share:.1%} of the FMA peak on {cpu}, "
-                    f"{busy:.1%} with additions, {stores} vector stores"
-                )
-                if busy < MAIN_LOOP:
-                    wrong.append(f"the main loop of {source} reaches {busy:.1%} on {cpu}, expected {MAIN_LOOP:.0%}")
-    return wrong
-
-
 def gate(build: Path, plugin: Path, sysroot: Path) -> int:
     wrong = []
     recorded = json.loads((RESULTS / "arm.json").read_text())["models"]
@@ -225,21 +192,24 @@ def gate(build: Path, plugin: Path, sysroot: Path) -> int:
             if "XNNPACK" in row and now > LIMITS.get(row["group"], 9.0) * (theirs := row["XNNPACK"]["instructions"]):
                 limit = LIMITS[row["group"]]
                 wrong.append(f"{model} {name}: {now / theirs:.2f} of XNNPACK's instructions, at most {limit:.2f}")
-        for name, blocks in emulate(build, plugin, sysroot, in_half(parts), "float16").items():
-            row = recorded[model][name]
-            now, then = kinds(blocks)["instructions"], row["float16"]["instructions"]
+        # whole models in fp32 alone: in fp16 they take long, and are made of the same layers
+        for name, blocks in emulate(build, plugin, sysroot, in_half(parts) | {"model": []}, "float16").items():
+            now, then = kinds(blocks)["instructions"], recorded[model][name]["float16"]["instructions"]
             if abs(now / then - 1) > CLOSE:
                 wrong.append(f"{model} {name} in fp16: {now} instructions, recorded {then} ({now / then - 1:+.1%})")
-            share = row["float16"]["cycles"]["neoverse-n1"] / row["ours"]["cycles"]["neoverse-n1"]
-            if row["group"] == "model" and share > HALF:
-                wrong.append(f"{model} {name}: {share:.2f} of the cycles of fp32 recorded, at most {HALF:.2f}")
+        if parts["model"]:
+            cycles_ = [recorded[model]["whole model"][which]["cycles"]["neoverse-n1"] for which in ("float16", "ours")]
+            share = cycles_[0] / cycles_[1]
+            if share > HALF:
+                wrong.append(f"{model}: {share:.2f} of the cycles of fp32 recorded, at most {HALF:.2f}")
     print(*wrong or ["instructions of all layers are as recorded"], sep="\n")
     return int(bool(wrong))
 
 
 def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
     path = RESULTS / "arm.json"
-    before = json.loads(path.read_text())["models"] if path.exists() else {}
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    before = earlier.get("models", {})
     models: dict[str, Any] = {}
     for model, parts in json.loads((HERE / "layers.json").read_text()).items():
         names = _names(parts)
@@ -263,9 +233,32 @@ def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
         "peer": "XNNPACK of ai-edge-litert 2.1.6, cpuinfo of a Neoverse N1", "threads": 1, "dtype": "float32",
         "float16": "the same layers of ours in fp16 arithmetic",
     }  # fmt: skip
-    path.write_text(json.dumps({**what, "models": models}, indent=1) + "\n")
-    (RESULTS / "arm.md").write_text(_table(what, models))
+    kept = {"main_loops": earlier.get("main_loops", []), "misses": earlier.get("misses", {})}
+    _write(what | kept | {"models": models})
     return 0
+
+
+def simulate_misses(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
+    found = json.loads((RESULTS / "arm.json").read_text())
+    models = found.pop("models")
+    layers = json.loads((HERE / "layers.json").read_text())
+    misses = cache_misses.simulate(build, plugin, sysroot, layers, peer, found.get("misses", {}))
+    _write(found | {"caches": cache_misses.WHAT, "misses": misses, "models": models})
+    return 0
+
+
+def second_opinion(build: Path, osaca: Path) -> int:
+    found = json.loads((RESULTS / "arm.json").read_text())
+    models = found.pop("models")
+    _write(found | {"main_loops": main_loops.opinions(build, osaca), "models": models})
+    return 0
+
+
+def _write(found: dict[str, Any]) -> None:
+    (RESULTS / "arm.json").write_text(json.dumps(found, indent=1) + "\n")
+    tables = [_table(found, found["models"]), main_loops.table(found["main_loops"])]
+    tables.append(cache_misses.table(found.get("misses", {})))
+    (RESULTS / "arm.md").write_text("".join(tables))
 
 
 def _table(what: dict[str, Any], models: dict[str, Any]) -> str:
@@ -324,10 +317,14 @@ if __name__ == "__main__":
     command, *paths = sys.argv[1:]
     build_, *rest = map(Path, paths)
     if command == "loops":
-        found_ = main_loops(build_)
+        found_ = main_loops.check(build_)
         print(*found_, sep="\n", end="\n" if found_ else "")
         sys.exit(bool(found_))
+    if command == "osaca":
+        sys.exit(second_opinion(build_, rest[0]))
     plugin_, sysroot_, *rest = rest
     if command == "gate":
         sys.exit(gate(build_, plugin_, sysroot_))
+    if command == "misses":
+        sys.exit(simulate_misses(build_, plugin_, sysroot_, rest[0] if rest else None))
     sys.exit(record(build_, plugin_, sysroot_, rest[0] if rest else None))

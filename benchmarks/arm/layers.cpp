@@ -3,8 +3,8 @@
 //   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
 //   mqa C HEADS KEY_DIM VALUE_DIM KV_KERNEL KV_STRIDE RESIDUAL H W
 //   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
-// With the argument "model" all of them run as one program as well, the last region; with "float16" in fp16
-// arithmetic, which has no mqa. One image, channels_last, one thread.
+// With the argument "model" all of them run as one program instead, the only region; with "float16" in fp16
+// arithmetic, which has no mqa; with "warm" after a run outside of the region. One image, channels_last, one thread.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -49,7 +49,7 @@ const BasicKernels<Half>& kernels_of(Half) { return *half_kernels(); }
 #endif
 
 template <class T>
-void run_once(const BasicOps<T>& ops, int c, int h, int w) {
+void run_marked(const BasicOps<T>& ops, int c, int h, int w, bool warm) {
   const ProgramPlan plan = plan_program(ops, 1, h, w, 1);
   const Shape s = output_shape(ops, 1, h, w);
   const std::vector<T> x = numbers<T>(static_cast<std::size_t>(c) * h * w);
@@ -61,7 +61,7 @@ void run_once(const BasicOps<T>& ops, int c, int h, int w) {
   const BasicTensor<T> in = strided_tensor(const_cast<T*>(x.data()), static_cast<std::ptrdiff_t>(c) * h * w, 1,
                                            static_cast<std::ptrdiff_t>(w) * c, c);
   const Kernels<T>& kernels = kernels_of(T());
-  run(ops, plan, kernels, in, out.data(), between, scratch);
+  if (warm) run(ops, plan, kernels, in, out.data(), between, scratch);
   mark_begin();
   run(ops, plan, kernels, in, out.data(), between, scratch);
   mark_end();
@@ -73,7 +73,7 @@ void run_once(const BasicOps<T>& ops, int c, int h, int w) {
 std::vector<float> variance_of(int terms) { return std::vector<float>(1 << 13, static_cast<float>(terms) / 48.0f); }
 
 template <class T>
-int run_lines(bool model) {
+int run_lines(bool model, bool warm) {
   std::vector<std::unique_ptr<BasicBlock<T>>> blocks;
   std::vector<std::unique_ptr<Mqa>> attentions;
   std::vector<std::unique_ptr<BasicHead<T>>> heads;
@@ -148,23 +148,24 @@ int run_lines(bool model) {
       all.emplace_back(heads.back().get());
     }
     if (all.size() == 1) first_c = c, first_h = h, first_w = w;
-    run_once<T>({all.back()}, c, h, w);
+    if (!model) run_marked<T>({all.back()}, c, h, w, warm);
   }
-  if (model) run_once<T>(all, first_c, first_h, first_w);
+  if (model) run_marked<T>(all, first_c, first_h, first_w, warm);
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool model = false, half = false;
+  bool model = false, half = false, warm = false;
   for (int i = 1; i < argc; ++i) {
     model = model || std::strcmp(argv[i], "model") == 0;
     half = half || std::strcmp(argv[i], "float16") == 0;
+    warm = warm || std::strcmp(argv[i], "warm") == 0;
   }
-  if (!half) return run_lines<float>(model);
+  if (!half) return run_lines<float>(model, warm);
 #if defined(MNV4_OPS_HALF)
-  if (half_kernels() != nullptr) return run_lines<Half>(model);
+  if (half_kernels() != nullptr) return run_lines<Half>(model, warm);
 #endif
   return std::fprintf(stderr, "no fp16 arithmetic here\n"), 2;
 }

@@ -66,6 +66,10 @@ def joined(old: Document, new: Document) -> tuple[Document, str]:
     if "ceilings" in new:
         limits = {limit["threads"]: limit for source in (old, new) for limit in source["ceilings"]}
         document["ceilings"] = [limits[threads] for threads in sorted(limits)]
+    left = dict.fromkeys([*old.get("not_measured", []), *new.get("not_measured", [])])
+    if left and old["schema"] == op_run.SCHEMA:
+        measured = {op_run.title(row) for row in results.values()}
+        document["not_measured"] = [name for name in left if name not in measured]
     if "seconds" in new["method"]:
         document["method"] = {**new["method"], "seconds": old["method"]["seconds"] + new["method"]["seconds"]}
     return document, kind.markdown(document)

@@ -202,7 +202,9 @@ def _on_gpu(plan: OpsPlan, console: Console, document: dict[str, Any], save: Any
         plan.todo(), plan.chosen(), console, repeats=plan.repeats, seconds=plan.seconds, limit=plan.limit, on_row=fill
     )
     if left:
-        document["not_measured"] = [f"{op} {case.name}, batch {setting.batch}" for op, case, setting in left]
+        document["not_measured"] = [
+            title(rows.describe(registry.by_name(op), case, setting)) for op, case, setting in left
+        ]
     fill(limits, found)
 
 
@@ -212,6 +214,11 @@ _GPU_COLUMNS = ("case", "batch", "dtype", "MB", "GFLOP", "mnv4_ops us", "20 - 80
                 "of limit", "bound", "torch.compile us", "best peer us", "vs best")  # fmt: skip
 # the peer with a column of its own on a GPU
 _COMPILED = "compile_graph"
+
+
+def title(row: dict[str, Any]) -> str:
+    """A row in words, as it stands in `not_measured`."""
+    return f"{row['op']} {row['case']}, batch {row['batch']}, {row['dtype']}"
 
 
 def columns(found: list[dict[str, Any]]) -> tuple[str, ...]:
