@@ -160,12 +160,14 @@ void BasicBlock<T>::run_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, co
   }
 
   int have = 0;  // expanded rows below this one are in the ring
-  for (int o0 = y0; o0 < y1; o0 += p.band) {
-    const int o1 = std::min(y1, o0 + p.band);
+  for (int o0 = y0, o1; o0 < y1; o0 = o1) {
+    o1 = std::min(y1, o0 + p.band);
     const int e0 = mid ? (t.own_pixels ? 0 : std::max(0, o0 * s2 - g.top2)) : o0;
     const int e1 = mid ? (t.own_pixels ? g.h1 : std::min(g.h1, (o1 - 1) * s2 - g.top2 + k2)) : o1;
-    const int n0 = p.ring && o0 > y0 ? std::max(e0, have) : e0;  // rows to compute now
-    const int n1 = std::max(n0, e1), rows = n1 - n0;
+    const int n0 = p.ring ? std::max(e0, have) : e0;  // rows to compute now
+    int n1 = std::max(n0, e1);
+    if (n1 - n0 > p.step && !t.own_pixels) n1 = n0 + p.step, o1 = o0;  // more rows have to be in the ring before a band
+    const int rows = n1 - n0;
     have = n1;
 
     const std::ptrdiff_t front_plane = t.own_pixels ? own.front_unit : static_cast<std::ptrdiff_t>(rows) * g.w1 * kUnit;

@@ -45,6 +45,7 @@ struct Plan {
   int chunk = 1;          // units of the expanded activation handled together
   bool ring = false;      // expanded rows stay from band to band (all units kept); otherwise the halo is computed again
   int ring_rows = 0;      // rows of the expanded activation kept
+  int step = 1;           // expanded rows computed at a time; the first band of a ring takes several steps
   std::size_t front = 0;  // shared: output of the start depthwise, or the zero-bordered input of a dense convolution
   std::size_t expanded = 0;  // shared: ring of expanded rows (only with a mid depthwise)
   std::size_t middle = 0;    // shared: input of the project stage

@@ -19,7 +19,7 @@ template <class T>
 Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
   const std::size_t l2 = cpu_info().l2 / sizeof(T);
   // scratch: a part of L2, so that weights and the block's input and output have room beside it
-  const std::size_t budget = l2 * 3 / 4 * team;
+  const std::size_t budget = l2 * 3 / 4 * team, most_room = l2 * 5 / 4 * team;
   const int ui = units_of(d_.c_in), ue = units_of(d_.c_mid);
   const bool dense = d_.expand_kernel > 1, mid = has(Stage::mid), winograd = winograd_ > 0 && has_winograd();
   const int k1 = dense ? d_.expand_kernel : d_.start_kernel, s1 = dense ? d_.expand_stride : d_.start_stride;
@@ -30,9 +30,11 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
     Plan p;
     p.band = band, p.chunk = chunk, p.ring = ring;
     const int rows1 = mid ? std::min(g.h1, (band - 1) * d_.mid_stride + d_.mid_kernel) : band;  // rows after the front
-    const int rows0 = k1 > 0 ? (rows1 - 1) * s1 + k1 : 0;
+    // a ring computes what each band after the first needs, and before the first as much at a time
+    p.step = ring && band < rows ? std::min(rows1, band * d_.mid_stride) : rows1;
+    const int rows0 = k1 > 0 ? (p.step - 1) * s1 + k1 : 0;
     if (has(Stage::start)) {
-      p.front = static_cast<std::size_t>(ui) * rows1 * g.w1 * kUnit;
+      p.front = static_cast<std::size_t>(ui) * p.step * g.w1 * kUnit;
       p.local = round_line(rows0 * pitch1 * kUnit);
     } else if (dense) {
       const std::size_t patches = static_cast<std::size_t>(kPatches) * k1 * k1 * d_.c_in;
@@ -80,14 +82,14 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
   if (ring.band * g.w2 >= kThin) return ring;
   if (ring.band < rows && cpu_info().l2 < kSmallL2) {
     // thin products read all weights for a few pixels: a scratch of a little more than L2 costs less
-    const Plan p = all_rows(l2 * team * 5 / 4);
+    const Plan p = all_rows(most_room);
     if (p.band > 0) return p;
   }
   if (ring.band > 0) return ring;
   if (mid) {
-    // all of L2 for one row costs less than rows that are computed again
+    // a ring of a little more than L2 costs less than rows that are computed again
     const Plan p = sizes(1, ue, true);
-    if (fits(p, l2 * team)) return p;
+    if (fits(p, most_room)) return p;
   }
   for (int band = std::min(rows, 8); band >= 1; --band) {
     for (int chunk = most; chunk >= grain; chunk -= grain) {
