@@ -47,30 +47,41 @@ void term_tiles(const GemmArgs& g, Walk walk, const Tiles& t) {
     } else {
       V::template single_terms<MR>(acc, a + a_off[0], pix, b, passes, list);
     }
-    auto plus = [&](const float* p, const std::ptrdiff_t* off) MNV4_LAMBDA {
+    // what follows the sum; Near: the pixels of C and res lie one after the other
+    auto finish = [&](auto near) MNV4_LAMBDA {
+      const auto at = [&](auto m, const std::ptrdiff_t* off)
+                          MNV4_LAMBDA { return decltype(near)::value ? off[0] + m * kUnit : off[m]; };
+      auto plus = [&](const float* p, const std::ptrdiff_t* off) MNV4_LAMBDA {
+        unroll<MR>([&](auto m) MNV4_LAMBDA {
+          const float* q = p + at(m, off);
+          unroll<S>([&](auto j) MNV4_LAMBDA { acc[m * S + j] = V::add(acc[m * S + j], V::load(q + j * V::W)); });
+        });
+      };
+      if (add) plus(c, c_off);
+      // a bias that outweighs the sum would swallow its low bits if it came first
+      if (bias != nullptr) {
+        unroll<S>([&](auto j) MNV4_LAMBDA {
+          const reg v = V::load(bias + j * V::W);
+          unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * S + j] = V::add(acc[m * S + j], v); });
+        });
+      }
+      if (act == Act::relu) {
+        unroll<MR * S>([&](auto i) MNV4_LAMBDA { acc[i] = relu<V>(acc[i]); });
+      } else if (act == Act::relu6) {
+        unroll<MR * S>([&](auto i) MNV4_LAMBDA { acc[i] = relu6<V>(acc[i]); });
+      }
+      if (res != nullptr) plus(res, r_off);
       unroll<MR>([&](auto m) MNV4_LAMBDA {
-        const float* q = p + off[m];
-        unroll<S>([&](auto j) MNV4_LAMBDA { acc[m * S + j] = V::add(acc[m * S + j], V::load(q + j * V::W)); });
+        float* p = c + at(m, c_off);
+        unroll<S>([&](auto j) MNV4_LAMBDA { V::store(p + j * V::W, acc[m * S + j]); });
       });
     };
-    if (add) plus(c, c_off);
-    // a bias that outweighs the sum would swallow its low bits if it came first
-    if (bias != nullptr) {
-      unroll<S>([&](auto j) MNV4_LAMBDA {
-        const reg v = V::load(bias + j * V::W);
-        unroll<MR>([&](auto m) MNV4_LAMBDA { acc[m * S + j] = V::add(acc[m * S + j], v); });
-      });
+    constexpr std::ptrdiff_t span = (MR - 1) * kUnit;
+    if (c_off[MR - 1] - c_off[0] == span && (res == nullptr || r_off[MR - 1] - r_off[0] == span)) {
+      finish(std::true_type{});
+    } else {
+      finish(std::false_type{});
     }
-    if (act == Act::relu) {
-      unroll<MR * S>([&](auto i) MNV4_LAMBDA { acc[i] = relu<V>(acc[i]); });
-    } else if (act == Act::relu6) {
-      unroll<MR * S>([&](auto i) MNV4_LAMBDA { acc[i] = relu6<V>(acc[i]); });
-    }
-    if (res != nullptr) plus(res, r_off);
-    unroll<MR>([&](auto m) MNV4_LAMBDA {
-      float* p = c + c_off[m];
-      unroll<S>([&](auto j) MNV4_LAMBDA { V::store(p + j * V::W, acc[m * S + j]); });
-    });
   }
 }
 
