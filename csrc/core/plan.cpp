@@ -69,20 +69,24 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
     }
     return none;
   };
-  auto bands = [&] {
+  auto bands = [&](std::size_t room) {
     for (int band = rows; band >= 1; --band) {
       const Plan p = sizes(even_band(band), ue, mid);
-      if (fits(p, budget)) return p;
+      if (fits(p, room)) return p;
     }
     return none;
   };
   const Plan whole = all_rows(budget);
   if (whole.band > 0) return whole;
-  const Plan ring = bands();
+  const Plan ring = bands(budget);
   if (ring.band * g.w2 >= kThin) return ring;
-  if (ring.band < rows && cpu_info().l2 < kSmallL2) {
+  if (cpu_info().l2 < kSmallL2) {
     // thin products read all weights for a few pixels: a scratch of a little more than L2 costs less
-    const Plan p = all_rows(most_room);
+    if (ring.band < rows) {
+      const Plan p = all_rows(most_room);
+      if (p.band > 0) return p;
+    }
+    const Plan p = bands(l2 * team);
     if (p.band > 0) return p;
   }
   if (ring.band > 0) return ring;
