@@ -14,16 +14,17 @@ from pathlib import Path
 
 # FMA instructions from which on a loop counts as a k-loop: two terms, four accumulators
 MIN_FMA = 2 * 4
-TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles|10half_tiles|10term_tiles)I.*)>:$")
+TILE = re.compile(r"^[0-9a-f]+ <(_ZN.*(?:9gemm_tile|10lane_tiles|10half_tiles|10bf16_tiles|10term_tiles)I.*)>:$")
 # vector type, pixels, units of 16 channels (term_tiles have one), packed, and of half_tiles whether its chains are the
 # short ones
 SHAPE = re.compile(
-    r"(?:9gemm_tile|10lane_tiles|10half_tiles|10term_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)E(?:Li(\d+)E)?Lb([01])E"
+    r"(?:9gemm_tile|10lane_tiles|10half_tiles|10bf16_tiles|10term_tiles)INS\w*?_\d+(Vec[0-9A-Za-z]+?)ELi(\d+)E(?:Li(\d+)E)?Lb([01])E"
     r"(?:Lb([01])E)?"
 )
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
-LANES = {"Vec512": 16, "Vec256": 8, "VecNeon": 4, "VecHalf": 8}
+# sums in a register
+LANES = {"Vec512": 16, "Vec256": 8, "VecNeon": 4, "VecHalf": 8, "VecBf16": 4}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Instruction:
     @property
     def is_fma(self) -> bool:
         # products that begin a chain of sums are by element
-        return self.name.startswith(("vfmadd", "fmla")) or (self.name == "fmul" and "[" in self.operands)
+        return self.name.startswith(("vfmadd", "fmla", "bfmmla")) or (self.name == "fmul" and "[" in self.operands)
 
     @property
     def is_store(self) -> bool:
@@ -54,7 +55,7 @@ class Instruction:
 
 
 def _tiles(objdump: str, file: Path) -> dict[str, list[Instruction]]:
-    """Instructions of each instance of gemm_tile, term_tiles, lane_tiles and half_tiles, by its mangled name."""
+    """Instructions of each instance of gemm_tile and its kin, by its mangled name."""
     text = subprocess.run(
         [objdump, "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True, check=True
     ).stdout
@@ -82,10 +83,16 @@ def _innermost_loops(body: list[Instruction], exits: bool = False) -> list[list[
     return loops
 
 
-def main_loop(body: list[Instruction], accumulators: int) -> list[Instruction]:
+def accumulators(vector: str, rows: int, units: int = 1) -> int:
+    """Registers of the sums of a tile; in VecBf16 two pixels share theirs."""
+    return (rows + rows % 2 if vector == "VecBf16" else rows) * units * 16 // LANES[vector]
+
+
+def main_loop(body: list[Instruction], vector: str, rows: int) -> list[Instruction]:
     """The loop over units of 16 terms; in half_tiles, whose turns come in pairs, it may be left after the first one."""
+    terms = 4 if vector == "VecBf16" else 1  # of a pixel, in an instruction
     loops = [(sum(i.is_fma for i in loop), loop) for loop in _innermost_loops(body, exits=True)]
-    long = [(n / len(loop), loop) for n, loop in loops if n >= 16 * accumulators]
+    long = [(n / len(loop), loop) for n, loop in loops if n >= 16 // terms * accumulators(vector, rows)]
     return max(long, key=lambda found: found[0], default=(0.0, []))[1]
 
 
@@ -97,22 +104,22 @@ def problems(objdump: str, file: Path) -> tuple[int, list[str]]:
         if shape is None or shape[1] not in LANES or shape[5] == "1":
             continue
         rows, units = int(shape[2]), int(shape[3] or 1)
-        accumulators = rows * units * 16 // LANES[shape[1]]
+        sums = accumulators(shape[1], rows, units)
         label = f"{shape[1]} {rows} pixels x {units} units, packed {shape[4]}"
-        if accumulators < 4:
+        if sums < 4:
             continue
         if shape[1] == "VecHalf" and units > 1:  # one pixel, bound by loading weights
             continue
         looked_at += 1
         if shape[1] == "VecHalf":
-            loops = [loop] if (loop := main_loop(body, accumulators)) else []
+            loops = [loop] if (loop := main_loop(body, shape[1], rows)) else []
         else:
             loops = [loop for loop in _innermost_loops(body) if sum(i.is_fma for i in loop) >= MIN_FMA]
         if not loops:
             wrong.append(f"{label}: no k-loop was found")
         for loop in loops:
-            if sum(i.is_fma for i in loop) % accumulators:
-                wrong.append(f"{label}: {sum(i.is_fma for i in loop)} FMA for {accumulators} accumulators")
+            if sum(i.is_fma for i in loop) % sums:
+                wrong.append(f"{label}: {sum(i.is_fma for i in loop)} FMA for {sums} accumulators")
             wrong += [f"{label}: {i.address:x} {i.name} {i.operands}" for i in loop if i.is_store]
     return looked_at, wrong
 

@@ -1,4 +1,4 @@
-"""float16 on a CPU with fp16 arithmetic: blocks, heads and a whole model by the 2x rule, and what is not served."""
+"""float16 and bfloat16 on a CPU with their arithmetic: ops and a whole model by the 2x rule, and what is not served."""
 
 from __future__ import annotations
 
@@ -18,8 +18,22 @@ from mnv4_ops.reference import randomize_
 from mnv4_ops.spec import ConvSpec, FusedIBSpec, MQASpec, Spec, UIBSpec
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
-HALF = torch.float16 in DTYPES["cpu"]
-served = pytest.mark.skipif(not HALF, reason="no fp16 arithmetic")
+
+
+def served(*dtypes: tuple[str, torch.dtype]) -> pytest.MarkDecorator:
+    """Parametrizes `dtype`; skipped on a CPU without its arithmetic."""
+    return pytest.mark.parametrize(
+        "dtype",
+        [
+            pytest.param(
+                dtype, marks=pytest.mark.skipif(dtype not in DTYPES["cpu"], reason=f"no ARM CPU with {name}"), id=name
+            )
+            for name, dtype in dtypes
+        ],
+    )
+
+
+FP16, BF16 = ("fp16", torch.float16), ("bf16", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +57,13 @@ class _Depthwise(nn.Module):
         return torch.ops.mnv4.depthwise(x, params, [norm.eps], 1, "symmetric", "relu")
 
 
-def plain_or_op(spec: ConvSpec) -> nn.Module:
-    model = random_module(spec).half()
+def plain_or_op(spec: ConvSpec, dtype: torch.dtype) -> nn.Module:
+    model = random_module(spec).to(dtype)
     return _Depthwise(model) if spec.depthwise else model
 
 
 def outputs(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the kernels, of plain torch in float16, of float64 on the same parameters."""
+    """Of the kernels, of plain torch in the same dtype, of float64 on the same parameters."""
     monkeypatch.setenv("MNV4_OPS_STRICT", "1")
     with torch.inference_mode():
         plain, double = model(x), copy.deepcopy(model).double()(x.double())
@@ -71,14 +85,16 @@ SPECS: list[tuple[Spec, int, int]] = [
     (ConvSpec(32, 32, kernel=3, stride=2), 24, 24),
     (ConvSpec(32, 32), 16, 16),
     (FusedIBSpec(16, 48, 32, stride=2), 18, 18),
+    (ConvSpec(20, 24, kernel=3), 7, 8),  # runs of terms that are no multiple of 8
+    (MQASpec(48, 2, 24, 16, kv_stride=2), 10, 7),
 ]
 
 
-@served
+@served(FP16, BF16)
 @pytest.mark.parametrize(("spec", "h", "w"), SPECS, ids=lambda v: v.kind if isinstance(v, Spec) else str(v))
-def test_parity(spec: Spec, h: int, w: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_module(spec).half()
-    x = torch.randn(2, spec.channels[0], h, w).half()
+def test_parity(dtype: torch.dtype, spec: Spec, h: int, w: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_module(spec).to(dtype)
+    x = torch.randn(2, spec.channels[0], h, w).to(dtype)
     if h % 2 == 0:
         x = x.to(memory_format=torch.channels_last)
     got, plain, double = outputs(model, x, monkeypatch)
@@ -88,33 +104,33 @@ def test_parity(spec: Spec, h: int, w: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert bool(torch.isfinite(got).all())
 
 
-@served
+@served(FP16, BF16)
 @pytest.mark.parametrize(("widths", "h", "w"), [((128, 960, 1280, 1000), 7, 7), ((40, 96, 72, 37), 5, 4)], ids=str)
-def test_head(widths: tuple[int, int, int, int], h: int, w: int) -> None:
+def test_head(dtype: torch.dtype, widths: tuple[int, int, int, int], h: int, w: int) -> None:
     c_in, feat, hidden, classes = widths
     layers = [
         nn.Conv2d(c_in, feat, 1, bias=False), nn.BatchNorm2d(feat), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Conv2d(feat, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(), nn.Flatten(),
         nn.Linear(hidden, classes),
     ]  # fmt: skip
-    model = randomize_(nn.Sequential(*layers).eval()).half()
+    model = randomize_(nn.Sequential(*layers).eval()).to(dtype)
     params: list[Tensor | None] = []
     for conv, norm in ((layers[0], layers[1]), (layers[4], layers[5])):
         params += [conv.weight, None, norm.weight, norm.bias, norm.running_mean, norm.running_var]
     params += [layers[8].weight, layers[8].bias, None, None, None, None]
-    x = torch.randn(3, c_in, h, w).half()
+    x = torch.randn(3, c_in, h, w).to(dtype)
     with torch.inference_mode():
         plain, double = model(x), copy.deepcopy(model).double()(x.double())
         assert_2x(torch.ops.mnv4.head(x, params, [1e-5, 1e-5, 0.0], "relu"), plain, double)
 
 
-@served
+@served(FP16, BF16)
 @pytest.mark.parametrize("size", [(1, 96, 96), (2, 65, 70)], ids=str)
-def test_whole_model(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_model(dtype: torch.dtype, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
-    model = randomize_(timm.create_model("mobilenetv4_conv_small")).eval().half()
+    model = randomize_(timm.create_model("mobilenetv4_conv_small")).eval().to(dtype)
     n, h, w = size
-    x = torch.randn(n, 3, h, w).half().to(memory_format=torch.channels_last)
+    x = torch.randn(n, 3, h, w).to(dtype).to(memory_format=torch.channels_last)
     assert_2x(*outputs(model, x, monkeypatch))
     with torch.inference_mode(), mnv4_ops.enable():
         report = mnv4_ops.explain(model, x)
@@ -122,14 +138,14 @@ def test_whole_model(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
     assert not report.fallbacks
 
 
-@served
+@served(FP16, BF16)
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_convolutions_without_batch_norm(kernel: int) -> None:
-    x = torch.randn(1, 48, 12, 12).half()
+def test_convolutions_without_batch_norm(dtype: torch.dtype, kernel: int) -> None:
+    x = torch.randn(1, 48, 12, 12).to(dtype)
     none: list[Tensor | None] = [None] * 4
     for depthwise in (True, False):
         weight = torch.randn(48, 1 if depthwise else 48, kernel, kernel) / (kernel * (1 if depthwise else 7))
-        weight, bias = weight.half(), torch.randn(48).half()
+        weight, bias = weight.to(dtype), torch.randn(48).to(dtype)
         args = {"padding": kernel // 2, "groups": 48 if depthwise else 1}
         plain = nn.functional.conv2d(x, weight, bias, **args)
         double = nn.functional.conv2d(x.double(), weight.double(), bias.double(), **args)
@@ -137,12 +153,12 @@ def test_convolutions_without_batch_norm(kernel: int) -> None:
         assert_2x(op(x, [weight, bias, *none], [0.0], 1, "symmetric", "none"), plain, double)
 
 
-@served
+@served(FP16, BF16)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_infinities_and_nan_go_through(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinities_and_nan_go_through(dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in (ConvSpec(32, 48), ConvSpec(48, 48, kernel=5, depthwise=True), ConvSpec(3, 16, kernel=3, stride=2)):
-        model = plain_or_op(spec)
-        x = torch.randn(1, spec.channels[0], 9, 9).half()
+        model = plain_or_op(spec, dtype)
+        x = torch.randn(1, spec.channels[0], 9, 9).to(dtype)
         x[0, 1, 4, 3] = value
         got, plain, _ = outputs(model, x, monkeypatch)
         assert torch.equal(torch.isnan(got), torch.isnan(plain)), spec
@@ -150,37 +166,37 @@ def test_infinities_and_nan_go_through(value: float, monkeypatch: pytest.MonkeyP
         assert torch.equal(torch.sign(got[torch.isinf(got)]), torch.sign(plain[torch.isinf(plain)])), spec
 
 
-@served
-def test_sums_beyond_the_range_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_module(ConvSpec(32, 16)).half()
+@served(FP16)
+def test_sums_beyond_the_range_of_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_module(ConvSpec(32, 16)).to(dtype)
     with torch.no_grad():
         conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
         conv.weight[:, :16], conv.weight[:, 16:] = 1.0, -1.0
-    x = torch.full((1, 32, 4, 4), 20000.0).half()
+    x = torch.full((1, 32, 4, 4), 20000.0).to(dtype)
     got, plain, _ = outputs(model, x, monkeypatch)
     assert bool(torch.isfinite(plain).all())
     assert torch.allclose(got.float(), plain.float(), rtol=2e-3, atol=1e-3)
 
 
-@served
+@served(FP16, BF16)
 @pytest.mark.parametrize("scale", [1e-6, 3e-3, 700.0, 1e6])
-def test_unusual_scales(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_scales(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in (ConvSpec(32, 48), ConvSpec(32, 32, kernel=3, depthwise=True)):
-        model = plain_or_op(spec)
+        model = plain_or_op(spec, dtype)
         norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).float()
         with torch.no_grad():
             norm.running_mean.mul_(1 / scale)
             norm.running_var.fill_(1.0 / scale**2)
             norm.eps = 0.0
             next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight.mul_(min(1 / scale, 1000.0))
-        x = torch.randn(1, 32, 8, 8).half()
+        x = torch.randn(1, 32, 8, 8).to(dtype)
         assert_2x(*outputs(model, x, monkeypatch))
 
 
-@served
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    model = random_module(UIBSpec(64, 192, 96, start_kernel=5, mid_kernel=5, stride=2)).half()
-    x = torch.randn(1, 64, 28, 28).half()
+@served(FP16, BF16)
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    model = random_module(UIBSpec(64, 192, 96, start_kernel=5, mid_kernel=5, stride=2)).to(dtype)
+    x = torch.randn(1, 64, 28, 28).to(dtype)
     before, found = torch.get_num_threads(), []
     try:
         with torch.inference_mode(), mnv4_ops.enable():
@@ -193,14 +209,28 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_without_kernels_the_original_forward_runs() -> None:
-    x = torch.randn(1, 2, 3, 4).half()
-    with pytest.raises(ValueError, match="float32"):
-        torch.ops.mnv4.mqa_attention(x, x[:, :1], x[:, :1])
-    spec: Spec = MQASpec(32, 2, 16, 16) if HALF else ConvSpec(32, 32)
-    model = random_module(spec).half()
-    with torch.inference_mode(), mnv4_ops.enable():
-        report = mnv4_ops.explain(model, torch.randn(1, 32, 8, 8).half())
-    assert not report.served
-    expected = "there are no float16 kernels of this op on the CPU" if HALF else "kernels take float32 on this device"
-    assert expected in str(report)
+@served(FP16, BF16)
+def test_attention(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, heads, 9, d).to(dtype) for heads, d in ((3, 16), (1, 16), (1, 20)))
+    plain = nn.functional.scaled_dot_product_attention(q, k.expand(2, 3, 9, 16), v.expand(2, 3, 9, 20))
+    double = nn.functional.scaled_dot_product_attention(
+        q.double(), k.expand(2, 3, 9, 16).double(), v.expand(2, 3, 9, 20).double()
+    )
+    assert_2x(torch.ops.mnv4.mqa_attention(q, k, v), plain, double)
+
+
+def test_without_kernels_the_original_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNV4_OPS_STRICT", raising=False)
+    for dtype in {torch.float16, torch.bfloat16} - set(DTYPES["cpu"]):
+        x = torch.randn(1, 2, 3, 4).to(dtype)
+        with pytest.raises(ValueError, match="float32"):
+            torch.ops.mnv4.mqa_attention(x, x[:, :1], x[:, :1])
+        for spec in (ConvSpec(32, 32), MQASpec(32, 2, 16, 16)):
+            model, x = random_module(spec).to(dtype), torch.randn(1, 32, 8, 8).to(dtype)
+            with torch.inference_mode():
+                plain = model(x)
+                with mnv4_ops.enable():
+                    report = mnv4_ops.explain(model, x)
+                    assert torch.equal(model(x), plain)
+            assert not report.served
+            assert "kernels take float32" in str(report)

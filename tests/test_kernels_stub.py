@@ -14,6 +14,8 @@ import mnv4_ops
 from mnv4_ops import _native
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
+# what the names of classes of 16-bit elements begin with, and the tier that has them
+HALF = {"Half": "neon_fp16", "BFloat16": "neon_bf16"}
 
 
 def _stub() -> ast.Module:
@@ -57,15 +59,16 @@ def _defined(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 def test_the_stub_names_everything_and_nothing_else() -> None:
     stub = _defined(_stub().body)
     typed = {name for name in stub if name.endswith("Info")}
-    # only builds for ARM have these: the classes of float32, without blobs
-    half = {name for name in stub if name.startswith("Half")}
-    absent = set() if "neon_fp16" in core().build_info()["tiers"] else half
-    assert half == {"HalfBlock", "HalfHead", "HalfProgram"}
+    # only ARM has these: the classes of float32, without blobs
+    plain = {f"{prefix}{kind}": kind for prefix in HALF for kind in ("Block", "MobileMQA", "Head", "Program")}
+    assert plain.keys() == {name for name in stub if name.startswith(tuple(HALF))}
+    tiers = core().cpu_info()["tiers"]
+    absent = {name for name, kind in plain.items() if HALF[name.removesuffix(kind)] not in tiers}
     assert _public(stub) - typed - absent == _public(dir(core()))
     for name in stub.keys() - typed - absent:
-        node = stub[name.removeprefix("Half")]
+        node = stub[plain.get(name, name)]
         if isinstance(node, ast.ClassDef):
-            names = _public(_defined(node.body)) - ({"export_blob", "import_blob"} if name in half else set())
+            names = _public(_defined(node.body)) - ({"export_blob", "import_blob"} if name in plain else set())
             assert names == _public(dir(getattr(core(), name))), name
 
 

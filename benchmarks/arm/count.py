@@ -35,9 +35,18 @@ CPUS = ("neoverse-n1", "neoverse-v1", "neoverse-v2", "cortex-a55")
 CLOSE = 0.01
 COVERED = 0.995  # share of the instructions whose blocks are modelled
 LIMITS = {"UIB": 0.90, "1x1": 0.95, "depthwise": 0.60, "MQA": 0.95}  # instructions, ours / XNNPACK's, by group
-HALF = 0.70  # modelled cycles of a Neoverse N1, fp16 / fp32, of whole models
-# FMLA (vector) and (by element) of fp32 and fp64, then of fp16: bits of the encoding that say so, and their values
-FMA = ((0xBFA0FC00, 0x0E20CC00), (0xBF80F400, 0x0F801000), (0xBFE0FC00, 0x0E400C00), (0xBFC0F400, 0x0F001000))
+# elements of 16 bits: the emulated core, the modelled ones that have their arithmetic, and of whole models the limit of
+# modelled cycles by those of fp32, on the first of these
+HALF: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "float16": ("neoverse-n1", CPUS, 0.70),
+    "bfloat16": ("max,sve=off", ("neoverse-v1", "neoverse-v2"), 0.50),
+}
+# FMLA (vector) and (by element) of fp32 and fp64, then of fp16, BFMMLA, BFMLALB and BFMLALT: bits of the encoding that
+# say so, and their values
+FMA = (
+    (0xBFA0FC00, 0x0E20CC00), (0xBF80F400, 0x0F801000), (0xBFE0FC00, 0x0E400C00), (0xBFC0F400, 0x0F001000),
+    (0xFFE0FC00, 0x6E40EC00), (0xBFE0FC00, 0x2EC0FC00),
+)  # fmt: skip
 Blocks = Counter[tuple[str, ...]]  # words of a block -> how often it ran
 
 
@@ -83,7 +92,7 @@ def _names(parts: dict[str, Any]) -> list[str]:
 
 
 def in_half(parts: dict[str, Any]) -> dict[str, Any]:
-    """The layers that there are in fp16 arithmetic: all but attention."""
+    """The layers that are counted in 16 bits: all but attention, which is that of fp32 between copies."""
     return parts | {"layers": {k: v for k, v in parts["layers"].items() if not v["line"].startswith("mqa")}}
 
 
@@ -95,7 +104,7 @@ def emulate(
     def run(text: list[str], *arguments: str) -> list[Blocks]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "blocks.txt"
-            command = ["qemu-aarch64", "-cpu", "neoverse-n1", "-L", str(sysroot)]
+            command = ["qemu-aarch64", "-cpu", HALF.get(dtype, ("neoverse-n1",))[0], "-L", str(sysroot)]
             command += ["-plugin", f"{plugin},out={out}", str(build / "layers"), dtype, *arguments]
             subprocess.run(command, input="\n".join(text) + "\n", text=True, check=True)
             return regions(out)
@@ -192,16 +201,19 @@ def gate(build: Path, plugin: Path, sysroot: Path) -> int:
             if "XNNPACK" in row and now > LIMITS.get(row["group"], 9.0) * (theirs := row["XNNPACK"]["instructions"]):
                 limit = LIMITS[row["group"]]
                 wrong.append(f"{model} {name}: {now / theirs:.2f} of XNNPACK's instructions, at most {limit:.2f}")
-        # whole models in fp32 alone: in fp16 they take long, and are made of the same layers
-        for name, blocks in emulate(build, plugin, sysroot, in_half(parts) | {"model": []}, "float16").items():
-            now, then = kinds(blocks)["instructions"], recorded[model][name]["float16"]["instructions"]
-            if abs(now / then - 1) > CLOSE:
-                wrong.append(f"{model} {name} in fp16: {now} instructions, recorded {then} ({now / then - 1:+.1%})")
-        if parts["model"]:
-            cycles_ = [recorded[model]["whole model"][which]["cycles"]["neoverse-n1"] for which in ("float16", "ours")]
-            share = cycles_[0] / cycles_[1]
-            if share > HALF:
-                wrong.append(f"{model}: {share:.2f} of the cycles of fp32 recorded, at most {HALF:.2f}")
+        # whole models in fp32 alone: in 16 bits they take long, and are made of the same layers
+        for dtype, (_, (cpu, *_), most) in HALF.items():
+            for name, blocks in emulate(build, plugin, sysroot, in_half(parts) | {"model": []}, dtype).items():
+                now, then = kinds(blocks)["instructions"], recorded[model][name][dtype]["instructions"]
+                if abs(now / then - 1) > CLOSE:
+                    wrong.append(
+                        f"{model} {name}, {dtype}: {now} instructions, recorded {then} ({now / then - 1:+.1%})"
+                    )
+            if parts["model"]:
+                row = recorded[model]["whole model"]
+                share = row[dtype]["cycles"][cpu] / row["ours"]["cycles"][cpu]
+                if share > most:
+                    wrong.append(f"{model}, {dtype}: {share:.2f} of the cycles of fp32 recorded, at most {most:.2f}")
     print(*wrong or ["instructions of all layers are as recorded"], sep="\n")
     return int(bool(wrong))
 
@@ -213,16 +225,21 @@ def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
     models: dict[str, Any] = {}
     for model, parts in json.loads((HERE / "layers.json").read_text()).items():
         names = _names(parts)
-        half = emulate(build, plugin, sysroot, in_half(parts), "float16")
+        half = {dtype: emulate(build, plugin, sysroot, in_half(parts), dtype) for dtype in HALF}
         rows = {}
         theirs = regions(file) if peer and (file := peer / f"{model}.txt").exists() else []
-        all_blocks = [*emulate(build, plugin, sysroot, parts).values(), *theirs, *half.values()]
+        all_blocks = [*emulate(build, plugin, sysroot, parts).values(), *theirs]
+        all_blocks += [blocks for of in half.values() for blocks in of.values()]
         counted = [kinds(b) | {"cycles": c} for b, c in zip(all_blocks, cycles(all_blocks), strict=True)]
-        of_half = dict(zip(half, counted[len(counted) - len(half) :], strict=True))
+        of_half: dict[str, dict[str, Any]] = {}
+        last = iter(counted[len(names) + len(theirs) :])
+        for dtype, of in half.items():
+            for name, row in zip(of, last, strict=False):
+                row["cycles"] = {cpu: row["cycles"][cpu] for cpu in HALF[dtype][1]}
+                of_half.setdefault(name, {})[dtype] = row
         for i, name in enumerate(names):
             rows[name] = {"group": parts["layers"].get(name, {}).get("group", "model"), "ours": counted[i]}
-            if name in of_half:
-                rows[name]["float16"] = of_half[name]
+            rows[name] |= of_half.get(name, {})
             old = before.get(model, {}).get(name, {}).get("XNNPACK")
             if theirs or old:
                 rows[name]["XNNPACK"] = counted[len(names) + i] if theirs else old
@@ -232,6 +249,7 @@ def record(build: Path, plugin: Path, sysroot: Path, peer: Path | None) -> int:
         "compiler": "clang 19.1.7", "emulator": "qemu 7.2, neoverse-n1", "model": "llvm-mca 19",
         "peer": "XNNPACK of ai-edge-litert 2.1.6, cpuinfo of a Neoverse N1", "threads": 1, "dtype": "float32",
         "float16": "the same layers of ours in fp16 arithmetic",
+        "bfloat16": "the same layers of ours with products of bf16; emulated: max,sve=off",
     }  # fmt: skip
     kept = {"main_loops": earlier.get("main_loops", []), "misses": earlier.get("misses", {})}
     _write(what | kept | {"models": models})
@@ -294,22 +312,23 @@ def _table(what: dict[str, Any], models: dict[str, Any]) -> str:
             else:
                 cells += ["-"] * 6
             text.append("| " + " | ".join(cells) + " |")
-        if any("float16" in row for row in rows.values()):
-            text += ["", f"### {model} in fp16 arithmetic", "", "Against our fp32: ratios below 1 mean fewer.", ""]
-            columns = (
-                "layer | kind | instructions (k) | of them FMA | / fp32: instructions | bytes | n1 | v1 | v2 | a55"
-            )
-            text += [f"| {columns} |", "|---" * 10 + "|"]
-            text += [_half_line(name, row) for name, row in rows.items() if "float16" in row]
+        for dtype, (_, cpus, _) in HALF.items():
+            lines = [_half_line(name, row, dtype) for name, row in rows.items() if dtype in row]
+            if not lines:
+                continue
+            text += ["", f"### {model}, {dtype}", "", "Against our fp32: ratios below 1 mean fewer.", ""]
+            columns = "layer | kind | instructions (k) | of them FMA | / fp32: instructions | bytes | "
+            columns += " | ".join(cpu[cpu.index("-") + 1 :] for cpu in cpus)
+            text += [f"| {columns} |", "|---" * (6 + len(cpus)) + "|", *lines]
     return "\n".join(text) + "\n"
 
 
-def _half_line(name: str, row: dict[str, Any]) -> str:
-    h, o = row["float16"], row["ours"]
+def _half_line(name: str, row: dict[str, Any], dtype: str) -> str:
+    h, o = row[dtype], row["ours"]
     cells = [name, row["group"], f"{h['instructions'] / 1e3:.0f}", f"{h['fma'] / h['instructions']:.0%}"]
     cells += [f"{h['instructions'] / o['instructions']:.2f}"]
     cells += [f"{(h['loaded'] + h['stored']) / (o['loaded'] + o['stored']):.2f}"]
-    cells += [f"{h['cycles'][c] / o['cycles'][c]:.2f}" for c in CPUS]
+    cells += [f"{cycles_ / o['cycles'][cpu]:.2f}" for cpu, cycles_ in h["cycles"].items()]
     return "| " + " | ".join(cells) + " |"
 
 

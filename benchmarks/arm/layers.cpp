@@ -3,8 +3,8 @@
 //   block C_IN C_MID C_OUT START_K START_S EXPAND EXPAND_K EXPAND_S MID_K MID_S PROJECT RESIDUAL SAME ACT x 4 H W
 //   mqa C HEADS KEY_DIM VALUE_DIM KV_KERNEL KV_STRIDE RESIDUAL H W
 //   head C_IN C_FEAT C_HIDDEN CLASSES FEAT_ACT HIDDEN_ACT H W
-// With the argument "model" all of them run as one program instead, the only region; with "float16" in fp16
-// arithmetic, which has no mqa; with "warm" after a run outside of the region. One image, channels_last, one thread.
+// With the argument "model" all of them run as one program instead, the only region; with "float16" or "bfloat16" in
+// these elements; with "warm" after a run outside of the region. One image, channels_last, one thread.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -43,11 +43,6 @@ std::vector<T> numbers(std::size_t n) {
   return v;
 }
 
-const KernelTable& kernels_of(float) { return active_kernels(); }
-#if defined(MNV4_OPS_HALF)
-const BasicKernels<Half>& kernels_of(Half) { return *half_kernels(); }
-#endif
-
 template <class T>
 void run_marked(const BasicOps<T>& ops, int c, int h, int w, bool warm) {
   const ProgramPlan plan = plan_program(ops, 1, h, w, 1);
@@ -60,7 +55,7 @@ void run_marked(const BasicOps<T>& ops, int c, int h, int w, bool warm) {
   T* const scratch = reinterpret_cast<T*>(arena.get());
   const BasicTensor<T> in = strided_tensor(const_cast<T*>(x.data()), static_cast<std::ptrdiff_t>(c) * h * w, 1,
                                            static_cast<std::ptrdiff_t>(w) * c, c);
-  const Kernels<T>& kernels = kernels_of(T());
+  const Kernels<T>& kernels = *kernels_for<T>();
   if (warm) run(ops, plan, kernels, in, out.data(), between, scratch);
   mark_begin();
   run(ops, plan, kernels, in, out.data(), between, scratch);
@@ -74,8 +69,9 @@ std::vector<float> variance_of(int terms) { return std::vector<float>(1 << 13, s
 
 template <class T>
 int run_lines(bool model, bool warm) {
+  if (kernels_for<T>() == nullptr) return std::fprintf(stderr, "this machine has no kernels for these elements\n"), 2;
   std::vector<std::unique_ptr<BasicBlock<T>>> blocks;
-  std::vector<std::unique_ptr<Mqa>> attentions;
+  std::vector<std::unique_ptr<BasicMqa<T>>> attentions;
   std::vector<std::unique_ptr<BasicHead<T>>> heads;
   BasicOps<T> all;
   int first_c = 0, first_h = 0, first_w = 0;
@@ -113,9 +109,9 @@ int run_lines(bool model, bool warm) {
     } else if (kind == "mqa") {
       MqaDesc d;
       in >> d.c >> d.heads >> d.key_dim >> d.value_dim >> d.kv_kernel >> d.kv_stride >> d.residual >> h >> w;
-      if (!in || sizeof(T) == 2 || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
+      if (!in || !check(d).empty()) return std::fprintf(stderr, "bad line: %s\n", line.c_str()), 2;
       c = d.c;
-      attentions.push_back(std::make_unique<Mqa>(d));
+      attentions.push_back(std::make_unique<BasicMqa<T>>(d));
       const int widest = std::max({d.c, d.heads * d.key_dim, d.heads * d.value_dim, d.kv_kernel * d.kv_kernel});
       const std::vector<float> weight = numbers<float>(static_cast<std::size_t>(widest) * widest);
       for (int s = 0; s < kMqaStages; ++s) {
@@ -157,15 +153,17 @@ int run_lines(bool model, bool warm) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool model = false, half = false, warm = false;
+  bool model = false, half = false, bfloat = false, warm = false;
   for (int i = 1; i < argc; ++i) {
     model = model || std::strcmp(argv[i], "model") == 0;
     half = half || std::strcmp(argv[i], "float16") == 0;
+    bfloat = bfloat || std::strcmp(argv[i], "bfloat16") == 0;
     warm = warm || std::strcmp(argv[i], "warm") == 0;
   }
-  if (!half) return run_lines<float>(model, warm);
 #if defined(MNV4_OPS_HALF)
-  if (half_kernels() != nullptr) return run_lines<Half>(model, warm);
+  if (half) return run_lines<Half>(model, warm);
+  if (bfloat) return run_lines<BFloat16>(model, warm);
 #endif
-  return std::fprintf(stderr, "no fp16 arithmetic here\n"), 2;
+  if (half || bfloat) return std::fprintf(stderr, "this library has float32 alone\n"), 2;
+  return run_lines<float>(model, warm);
 }

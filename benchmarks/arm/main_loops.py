@@ -1,5 +1,5 @@
-"""The main loops of the products, fp32 and fp16: whether they reach their share of the modelled FMA peak (llvm-mca),
-and a second opinion by OSACA."""
+"""The main loops of the products, fp32, fp16 and bf16: whether they reach their share of the modelled FMA peak
+(llvm-mca), and a second opinion by OSACA."""
 
 from __future__ import annotations
 
@@ -13,34 +13,45 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MAIN_LOOP = 0.95  # of the peak of the vector pipes
-PEAK = {"neoverse-n1": 2, "neoverse-v1": 4}  # FMA a cycle
-# cores of OSACA, FMA a cycle, and whether they have fp16 arithmetic
-SECOND = {"N1": (2, True), "V2": (4, True), "A72": (1, False)}
+PEAK = {"neoverse-n1": 2, "neoverse-v1": 4, "neoverse-v2": 4}  # FMA a cycle
+# by source: its vectors, and the cores on which its loops are held to their share
+SOURCES = {
+    "neon": ("VecNeon", ("neoverse-n1", "neoverse-v1")),
+    "neon_fp16": ("VecHalf", ("neoverse-n1", "neoverse-v1")),
+    "neon_bf16": ("VecBf16", ("neoverse-v1", "neoverse-v2")),
+}
+# cores of OSACA, FMA a cycle, and the sources whose instructions they have
+SECOND = {"N1": (2, ("neon", "neon_fp16")), "V2": (4, ("neon", "neon_fp16")), "A72": (1, ("neon",))}
 
 
 @dataclass(frozen=True)
 class MainLoop:
     """The loop over units of 16 terms of the tallest tile, without the jumps."""
 
+    source: str
     name: str
     code: str
     fma: int
-    additions: int  # in fp16 those that keep what a sum loses
+    others: int  # of the vector pipes: in fp16 additions that keep what a sum loses, in bf16 what joins two pixels
     stores: int
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        return SOURCES[self.source][1]
 
     def of_peak(self, cycles_: float, peak: int) -> float:
         return self.fma / cycles_ / peak
 
     def busy(self, cycles_: float, peak: int) -> float:
-        return (self.fma + self.additions) / cycles_ / peak
+        return (self.fma + self.others) / cycles_ / peak
 
 
 def _found(build: Path) -> list[MainLoop]:
     sys.path.insert(0, str(HERE.parents[1] / "tests"))
-    from test_disassembly import LANES, SHAPE, _tiles, main_loop
+    from test_disassembly import SHAPE, _tiles, main_loop
 
     found = []
-    for source, vector in (("neon", "VecNeon"), ("neon_fp16", "VecHalf")):
+    for source, (vector, _) in SOURCES.items():
         (file,) = (p for p in build.rglob(f"{source}.cpp.o"))
         tiles = {}
         for name, body in _tiles("aarch64-linux-gnu-objdump", file).items():
@@ -48,19 +59,19 @@ def _found(build: Path) -> list[MainLoop]:
                 tiles[int(shape[2]), shape[4]] = body
         rows = max(rows for rows, _ in tiles)
         for packed in "01":
-            loop = main_loop(tiles[rows, packed], rows * 16 // LANES[vector])
+            loop = main_loop(tiles[rows, packed], vector, rows)
             code = "\n".join(f"{i.name} {i.operands.split('//')[0].split('<')[0]}" for i in loop if i.target is None)
-            additions = sum(i.name in ("fadd", "fsub") for i in loop)
+            others = sum(i.name in ("fadd", "fsub", "zip1", "zip2") for i in loop)
             name = f"{source} {rows} pixels x 16 channels, packed {packed}"
             stores = sum(i.is_store for i in loop)
-            found.append(MainLoop(name, code, sum(i.is_fma for i in loop), additions, stores))
+            found.append(MainLoop(source, name, code, sum(i.is_fma for i in loop), others, stores))
     return found
 
 
 def _mca(code: str, cpu: str) -> float:
     """Modelled cycles of a pass of a loop."""
     output = subprocess.run(
-        ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+fullfp16", "-iterations=1000"],
+        ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+fullfp16,+bf16", "-iterations=1000"],
         input=code, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     found = re.search(r"Total Cycles:\s+(\d+)", output)
@@ -69,14 +80,14 @@ def _mca(code: str, cpu: str) -> float:
 
 
 def check(build: Path) -> list[str]:
-    """What is wrong with the main loops in fp32 and fp16; prints their share of the peak."""
+    """What is wrong with the main loops; prints their share of the peak."""
     wrong = []
     for loop in _found(build):
-        for cpu, peak in PEAK.items():
-            cycles_ = _mca(loop.code, cpu)
+        for cpu in loop.held:
+            cycles_, peak = _mca(loop.code, cpu), PEAK[cpu]
             share, busy = loop.of_peak(cycles_, peak), loop.busy(cycles_, peak)
             print(
-                f"{loop.name}: {share:.1%} of the FMA peak on {cpu}, {busy:.1%} with additions, "
+                f"{loop.name}: {share:.1%} of the FMA peak on {cpu}, {busy:.1%} with additions and moves, "
                 f"{loop.stores} vector stores"
             )
             if busy < MAIN_LOOP:
@@ -116,12 +127,9 @@ def _osaca(code: str, core: str, command: Path) -> float:
 def opinions(build: Path, osaca: Path) -> list[dict[str, Any]]:
     rows = []
     for loop in _found(build):
-        row = {"name": loop.name, "fma": loop.fma, "additions": loop.additions}
-        of = {cpu: _mca(loop.code, cpu) for cpu in (*PEAK, "neoverse-v2")}
-        half = loop.additions > 0
-        theirs = {
-            core: _osaca(loop.code, core, osaca) for core, (_, has_half) in SECOND.items() if has_half or not half
-        }
+        row = {"name": loop.name, "fma": loop.fma, "others": loop.others}
+        of = {cpu: _mca(loop.code, cpu) for cpu in PEAK if cpu in (*loop.held, "neoverse-v2")}
+        theirs = {core: _osaca(loop.code, core, osaca) for core, (_, has) in SECOND.items() if loop.source in has}
         rows.append(row | {"llvm-mca": of, "OSACA": theirs})
     return rows
 
@@ -134,15 +142,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         "## Main loops of the products: llvm-mca 19 and OSACA 0.7.1",
         "",
         "Cycles of a pass; in brackets the share of the vector pipes' time (products, in fp16 also the additions that",
-        "keep what a sum loses). OSACA knows no Neoverse V1. It is given loads of several registers as pairs, and fp16",
-        "as fp32, which its tables know and which take as long. By `benchmarks/arm/count.py osaca`.",
+        "keep what a sum loses, in bf16 what joins two pixels). OSACA knows no Neoverse V1 and no products of bf16. It",
+        "is given loads of several registers as pairs, and fp16 as fp32, which its tables know and which take as long.",
+        "By `benchmarks/arm/count.py osaca`.",
         "",
         "| loop | vector operations | llvm-mca: n1 | v1 | v2 | OSACA: N1 | V2 | A72 |",
         "|---" * 8 + "|",
     ]
     for row in rows:
-        work = row["fma"] + row["additions"]
-        pipes = {"neoverse-n1": 2, "neoverse-v1": 4, "neoverse-v2": 4} | {core: n for core, (n, _) in SECOND.items()}
+        work = row["fma"] + row["others"]
+        pipes = PEAK | {core: n for core, (n, _) in SECOND.items()}
         cells = [row["name"], str(work)]
         for core, n in pipes.items():
             cycles = row["llvm-mca"].get(core) or row["OSACA"].get(core)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 OBJDUMP = "llvm-objdump-19"
 # what an object may use beyond ARMv8.0, by the name of its source
-ABOVE = {"neon_fp16": "+fp16,+fullfp16", "neon_bf16": "+bf16,+fullfp16"}
+ABOVE = {"neon_fp16": "+fp16,+fullfp16", "neon_bf16": "+bf16"}
 
 
 def unknown(path: Path) -> list[str]:

@@ -104,13 +104,10 @@ void run_program(const BasicPyProgram<T>& p, Address x, int n, int h, int w, con
   forward(p.ops, *plan, reinterpret_cast<const T*>(x), s, reinterpret_cast<T*>(out));
 }
 
-template void run_ops(const BasicOps<float>&, BasicPlans<float>*, Address, int, int, int, const Strides&, Address,
-                      Address, int, double*);
-template void run_program(const BasicPyProgram<float>&, Address, int, int, int, const Strides&, Address, int);
-#if defined(MNV4_OPS_HALF)
-template void run_ops(const BasicOps<Half>&, BasicPlans<Half>*, Address, int, int, int, const Strides&, Address,
-                      Address, int, double*);
-template void run_program(const BasicPyProgram<Half>&, Address, int, int, int, const Strides&, Address, int);
-#endif
+#define MNV4_OPS_FOR(T)                                                                                               \
+  template void run_ops(const BasicOps<T>&, BasicPlans<T>*, Address, int, int, int, const Strides&, Address, Address, \
+                        int, double*);                                                                                \
+  template void run_program(const BasicPyProgram<T>&, Address, int, int, int, const Strides&, Address, int);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

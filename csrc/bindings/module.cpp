@@ -1,7 +1,6 @@
 // mnv4_ops._core: blocks, heads and programs over raw addresses. Checks everything before any memory is touched.
 #include <algorithm>
 #include <chrono>
-#include <type_traits>
 
 #include "bindings/common.h"
 #include "bindings/guard.h"
@@ -48,6 +47,7 @@ py::dict build_dict() {
 #endif
 #if defined(MNV4_OPS_HALF)
   tiers.append("neon_fp16");
+  tiers.append("neon_bf16");
 #endif
   py::dict d;
   d["version"] = MNV4_OPS_VERSION, d["compiler"] = __VERSION__, d["tiers"] = tiers;
@@ -92,7 +92,6 @@ double fma_peak(int threads, double seconds) {
   return sum;
 }
 
-// Blocks, heads and programs over elements T.
 template <class T>
 void bind_block(py::module_& m, const char* name) {
   using B = BasicBlock<T>;
@@ -189,8 +188,8 @@ void bind_program(py::module_& m, const char* name) {
                  p->ops.emplace_back(op.cast<const BasicBlock<T>*>());
                } else if (py::isinstance<BasicHead<T>>(op)) {
                  p->ops.emplace_back(op.cast<const BasicHead<T>*>());
-               } else if (std::is_same_v<T, float> && py::isinstance<Mqa>(op)) {
-                 p->ops.emplace_back(op.cast<const Mqa*>());
+               } else if (py::isinstance<BasicMqa<T>>(op)) {
+                 p->ops.emplace_back(op.cast<const BasicMqa<T>*>());
                } else {
                  throw std::invalid_argument("Program: ops holds a " + std::string(py::str(py::type::of(op))) +
                                              ", expected Block, MobileMQA or Head");
@@ -247,6 +246,16 @@ void bind_program(py::module_& m, const char* name) {
           py::arg("workspace"), py::arg("threads"));
 }
 
+/// Blocks, attention blocks, heads and programs over elements T, where this machine has kernels for them.
+template <class T>
+void bind_elements(py::module_& m, const std::string& prefix) {
+  if (kernels_for<T>() == nullptr) return;
+  bind_block<T>(m, (prefix + "Block").c_str());
+  bind_head<T>(m, (prefix + "Head").c_str());
+  bind_mqa<T>(m, (prefix + "MobileMQA").c_str());
+  bind_program<T>(m, (prefix + "Program").c_str());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -261,17 +270,12 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("fma_peak", &fma_peak, py::arg("threads") = 1, py::arg("seconds") = 0.2);
 
-  bind_block<float>(m, "Block");
-  bind_head<float>(m, "Head");
-  bind_mqa(m);
-  bind_program<float>(m, "Program");
+  bind_elements<float>(m, "");
 #if defined(MNV4_OPS_HALF)
-  if (half_kernels() != nullptr) {
-    bind_block<Half>(m, "HalfBlock");
-    bind_head<Half>(m, "HalfHead");
-    bind_program<Half>(m, "HalfProgram");
-  }
+  bind_elements<Half>(m, "Half");
+  bind_elements<BFloat16>(m, "BFloat16");
 #endif
+  bind_attention(m);
   m.def("workspace_kept", [] { return workspace_kept() * sizeof(float); });
   m.attr("WORKSPACE_LIMIT") = kWorkspaceKept * sizeof(float);
 

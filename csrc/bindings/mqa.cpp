@@ -34,8 +34,10 @@ void attention(Address q, const Strides& q_strides, Address k, const Strides& k_
 
 }  // namespace
 
-void bind_mqa(py::module_& m) {
-  py::class_<Mqa> bound(m, "MobileMQA");
+template <class T>
+void bind_mqa(py::module_& m, const char* name) {
+  using B = BasicMqa<T>;
+  py::class_<B> bound(m, name);
   bound
       .def(py::init([](int c, int heads, int key_dim, int value_dim, int kv_kernel, int kv_stride, int query_stride,
                        bool norm, bool query_norm, const std::string& padding, bool residual) {
@@ -45,14 +47,14 @@ void bind_mqa(py::module_& m) {
              d.norm = norm, d.query_norm = query_norm, d.residual = residual;
              d.same_padding = same_padding(padding, "MobileMQA");
              require_valid("MobileMQA", check(d));
-             return std::make_unique<Mqa>(d);
+             return std::make_unique<B>(d);
            }),
            py::kw_only(), py::arg("c"), py::arg("heads"), py::arg("key_dim"), py::arg("value_dim"),
            py::arg("kv_kernel") = 3, py::arg("kv_stride") = 1, py::arg("query_stride") = 1, py::arg("norm") = true,
            py::arg("query_norm") = false, py::arg("padding") = "symmetric", py::arg("residual") = true)
       .def(
           "pack",
-          [](Mqa& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
+          [](B& b, int stage, Address weight, Address bias, Address bn_weight, Address bn_bias, Address bn_mean,
              Address bn_var, double eps, Address gamma) {
             if (stage < 0 || stage >= kMqaStages || !b.has(static_cast<MqaStage>(stage))) {
               throw std::invalid_argument("MobileMQA.pack: stage = " + std::to_string(stage) +
@@ -74,15 +76,20 @@ void bind_mqa(py::module_& m) {
           py::arg("gamma") = 0)
       .def(
           "output_shape",
-          [](const Mqa& b, int n, int h, int w) {
+          [](const B& b, int n, int h, int w) {
             require_size("output_shape", n, h, w);
-            require_valid("output_shape", refuses<float>({&b}, h, w));
+            require_valid("output_shape", refuses<T>({&b}, h, w));
             const MqaGeometry g = geometry(b.desc(), h, w);
             return py::make_tuple(n, b.desc().c, g.ho, g.wo);
           },
           py::arg("n"), py::arg("h"), py::arg("w"));
-  bind_rest<float>(bound, 3);
+  bind_rest<T>(bound, 3);
+}
 
+#define MNV4_OPS_FOR(T) template void bind_mqa<T>(py::module_&, const char*);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
+
+void bind_attention(py::module_& m) {
   m.def("attention", &attention, py::arg("q"), py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
         py::arg("v_strides"), py::arg("out"), py::arg("out_strides"), py::arg("n"), py::arg("heads"), py::arg("nq"),
         py::arg("nk"), py::arg("key_dim"), py::arg("value_dim"), py::arg("scale"), py::arg("threads"));

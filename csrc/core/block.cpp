@@ -16,7 +16,6 @@ constexpr int kOwnPixels = 64;  // expanded pixels of a thread from which on it 
 
 template <class T>
 BasicBlock<T>::BasicBlock(const BlockDesc& d) : d_(d) {
-  const int taps = d.expand_kernel * d.expand_kernel;
   auto place = [&](Stage s, int units, std::size_t weights_of_unit) {
     const int i = static_cast<int>(s);
     weight_[i] = total_;
@@ -25,10 +24,10 @@ BasicBlock<T>::BasicBlock(const BlockDesc& d) : d_(d) {
   };
   if (has(Stage::start))
     place(Stage::start, units_of(d.c_in), static_cast<std::size_t>(d.start_kernel) * d.start_kernel * kUnit);
-  if (has(Stage::expand)) place(Stage::expand, units_of(d.c_mid), static_cast<std::size_t>(taps) * d.c_in * kUnit);
+  if (has(Stage::expand)) place(Stage::expand, units_of(d.c_mid), expand_unit());
   if (has(Stage::mid))
     place(Stage::mid, units_of(d.c_mid), static_cast<std::size_t>(d.mid_kernel) * d.mid_kernel * kUnit);
-  if (has(Stage::project)) place(Stage::project, units_of(d.c_out), static_cast<std::size_t>(d.c_mid) * kUnit);
+  if (has(Stage::project)) place(Stage::project, units_of(d.c_out), project_unit());
   if (std::is_same_v<T, float> && winograd_serves(d)) {
     winograd_ = total_;
     total_ += static_cast<std::size_t>(units_of(d.c_mid)) * winograd_unit(d);
@@ -77,10 +76,8 @@ void BasicBlock<T>::adopt(const float* blob) {
 
 template <class T>
 BasicUpcoming<T> BasicBlock<T>::upcoming() const {
-  if (d_.expand)
-    return {weight(Stage::expand), static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit,
-            units_of(d_.c_mid)};
-  if (d_.project) return {weight(Stage::project), static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, units_of(d_.c_out)};
+  if (d_.expand) return {weight(Stage::expand), expand_unit(), units_of(d_.c_mid)};
+  if (d_.project) return {weight(Stage::project), project_unit(), units_of(d_.c_out)};
   return {};
 }
 
@@ -243,13 +240,13 @@ void BasicBlock<T>::run_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, co
         t.own_pixels ? own.middle_unit : static_cast<std::ptrdiff_t>(o1 - o0) * g.w2 * kUnit;
     for (int c0 = 0; d_.expand && c0 < ue; c0 += p.chunk) {
       const int c1 = std::min(ue, c0 + p.chunk);
-      const std::ptrdiff_t b_unit = static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in * kUnit;
+      const std::ptrdiff_t b_unit = expand_unit();
       BasicGemmArgs<T> a = in;
       a.b = weight(Stage::expand) + c0 * b_unit, a.b_unit = b_unit;
       a.bias = bias(Stage::expand) + c0 * kEpilogue<T>;
       a.act = d_.act[1], a.fine = fine_[1], a.units = c1 - c0, a.rows = rows;
       const BasicUpcoming<T> down{weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit,
-                                  static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit, uo};
+                                  project_unit(), uo};
       (d_.project ? down : t.after).announce(a, t.own_pixels ? 0 : t.tid, t.n);
       if (!mid) {
         if (d_.project) {
@@ -321,7 +318,7 @@ void BasicBlock<T>::run_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, co
       b.a = middle, b.a_pix = kUnit, b.a_row = static_cast<std::ptrdiff_t>(g.w2) * kUnit, b.a_blk = middle_plane;
       b.k_blocks = c1 - c0, b.k_len = kUnit, b.k_last = std::min(kUnit, d_.c_mid - (c1 - 1) * kUnit);
       b.b = weight(Stage::project) + static_cast<std::ptrdiff_t>(c0) * kUnit * kUnit;
-      b.b_unit = static_cast<std::ptrdiff_t>(d_.c_mid) * kUnit;
+      b.b_unit = project_unit();
       b.bias = bias(Stage::project);
       b.units = uo, b.n_last = n_last, b.rows = o1 - o0, b.cols = g.w2;
       b.first_k = c0 == 0, b.last_k = c1 == ue, b.act = d_.act[3], b.fine = fine_[3];
@@ -336,8 +333,7 @@ void BasicBlock<T>::run_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, co
       BasicGemmArgs<T> b = in;
       b.c = to.c, b.c_pix = to.c_pix, b.c_row = to.c_row, b.c_unit = to.c_unit;
       b.res = to.res, b.r_pix = to.r_pix, b.r_row = to.r_row, b.r_unit = to.r_unit;
-      b.b = weight(Stage::project), b.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit,
-      b.bias = bias(Stage::project);
+      b.b = weight(Stage::project), b.b_unit = project_unit(), b.bias = bias(Stage::project);
       b.units = uo, b.n_last = n_last, b.rows = rows, b.act = d_.act[3], b.fine = fine_[3];
       gemm_split(k, t, b);
       t.sync();
@@ -452,11 +448,9 @@ std::size_t BasicBlock<T>::scratch_floats(int h, int w, int threads) const {
   return most;
 }
 
-template class BasicBlock<float>;
-template void gemm_split(const BasicKernels<float>&, const BasicTeam<float>&, BasicGemmArgs<float>);
-#if defined(MNV4_OPS_HALF)
-template class BasicBlock<Half>;
-template void gemm_split(const BasicKernels<Half>&, const BasicTeam<Half>&, BasicGemmArgs<Half>);
-#endif
+#define MNV4_OPS_FOR(T)         \
+  template class BasicBlock<T>; \
+  template void gemm_split(const BasicKernels<T>&, const BasicTeam<T>&, BasicGemmArgs<T>);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

@@ -144,12 +144,14 @@ void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, float* wei
 /// The same for depthwise weights [channels, 1, kernel, kernel]: [unit][kernel * kernel][16] and [unit][16].
 void pack_depthwise(const StageParams& p, int channels, int kernel, float* weight, float* bias);
 
-#if defined(MNV4_OPS_HALF)
-/// The same in 16 bits, where nothing is folded: the factors come after the sums. A factor of an unusual size gives
-/// powers of two to the weights. `epilogue` is [unit][kEpilogue<Half>].
-void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, Half* weight, float* epilogue);
-void pack_depthwise(const StageParams& p, int channels, int kernel, Half* weight, float* epilogue);
-#endif
+#define MNV4_OPS_FOR(T)                                                                              \
+  void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, T* weight, float* epilogue); \
+  void pack_depthwise(const StageParams& p, int channels, int kernel, T* weight, float* epilogue);
+/// The same in 16 bits, where nothing is folded: the factors come after the sums. In Half a factor of an unusual size
+/// gives powers of two to the weights. `epilogue` is [unit][kEpilogue<T>]. Weights of BFloat16 products are
+/// [unit][k / 4][16][4]. All products have zeros up to packed_terms.
+MNV4_OPS_EACH_HALF(MNV4_OPS_FOR)
+#undef MNV4_OPS_FOR
 
 /// What the threads of a parallel region share while they walk a list of operations.
 template <class T>
@@ -209,6 +211,11 @@ class BasicBlock {
                 int n_last, const Geometry& g, int y0, int y1) const;
   const T* weight(Stage s) const { return reinterpret_cast<const T*>(data_.get() + weight_[static_cast<int>(s)]); }
   const float* bias(Stage s) const { return data_.get() + bias_[static_cast<int>(s)]; }
+  /// Elements of the weights of a unit of output channels.
+  std::ptrdiff_t expand_unit() const {
+    return packed_terms<T>(static_cast<std::ptrdiff_t>(d_.expand_kernel) * d_.expand_kernel * d_.c_in) * kUnit;
+  }
+  std::ptrdiff_t project_unit() const { return packed_terms<T>(d_.c_mid) * kUnit; }
 
   BlockDesc d_;
   std::size_t weight_[kStages] = {}, bias_[kStages] = {}, total_ = 0;

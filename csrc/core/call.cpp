@@ -10,15 +10,6 @@ namespace {
 thread_local Arena input_arena, workspace_arena;
 constexpr std::size_t kInputKept = 1 << 20;  // floats
 
-const KernelTable& kernels_of(const float*) { return active_kernels(); }
-#if defined(MNV4_OPS_HALF)
-const BasicKernels<Half>& kernels_of(const Half*) {
-  const BasicKernels<Half>* k = half_kernels();
-  if (k == nullptr) throw std::runtime_error("run: this machine has no fp16 arithmetic");
-  return *k;
-}
-#endif
-
 // Arenas hold floats.
 template <class T>
 constexpr std::size_t floats(std::size_t elements) {
@@ -40,7 +31,8 @@ template <class T>
 void run_strided(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, const Strides& s, T* out, T* workspace,
                  double* seconds) {
   const int n = plan.n, h = plan.h, w = plan.w, threads = plan.threads;
-  const Kernels<T>& kernels = kernels_of(x);
+  const Kernels<T>* kernels = kernels_for<T>();
+  if (kernels == nullptr) throw std::runtime_error("run: this machine has no kernels for elements of this type");
   T* arena = elements<T>(scratch_arena(), plan.scratch * threads);
   BasicTensor<T> in = strided_tensor(const_cast<T*>(x), s[0], s[1], s[2], s[3]);
   const BasicBlock<T>* const* first = std::get_if<const BasicBlock<T>*>(&ops[0]);
@@ -75,7 +67,7 @@ void run_strided(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, co
     in = strided_tensor(job.dst, row * h, 1, row, c);
   }
   if (c == 1) in.image.chan = 1, in.image.unit = kUnit;
-  run(ops, plan, kernels, in, out, workspace, arena, seconds);
+  run(ops, plan, *kernels, in, out, workspace, arena, seconds);
 }
 
 template <class T>
@@ -86,14 +78,10 @@ void forward(const BasicOps<T>& ops, const ProgramPlan& plan, const T* x, const 
   run_strided(ops, plan, x, s, out, workspace);
 }
 
-template void run_strided(const BasicOps<float>&, const ProgramPlan&, const float*, const Strides&, float*, float*,
-                          double*);
-template void forward(const BasicOps<float>&, const ProgramPlan&, const float*, const Strides&, float*);
-#if defined(MNV4_OPS_HALF)
-template void run_strided(const BasicOps<Half>&, const ProgramPlan&, const Half*, const Strides&, Half*, Half*,
-                          double*);
-template void forward(const BasicOps<Half>&, const ProgramPlan&, const Half*, const Strides&, Half*);
-#endif
+#define MNV4_OPS_FOR(T)                                                                                         \
+  template void run_strided(const BasicOps<T>&, const ProgramPlan&, const T*, const Strides&, T*, T*, double*); \
+  template void forward(const BasicOps<T>&, const ProgramPlan&, const T*, const Strides&, T*);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 std::size_t workspace_kept() { return workspace_arena.floats; }
 

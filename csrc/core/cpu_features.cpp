@@ -108,7 +108,7 @@ void detect_isa(CpuInfo& info) {
   add(info, info.neon_fp16, "fp16");
   add(info, has("hw.optional.arm.FEAT_DotProd"), "dotprod");
   add(info, has("hw.optional.arm.FEAT_I8MM"), "i8mm");
-  add(info, has("hw.optional.arm.FEAT_BF16"), "bf16");
+  const bool bf16 = has("hw.optional.arm.FEAT_BF16");
 #else
   // bit numbers of the Linux ABI: older headers lack some of the names
   const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
@@ -117,9 +117,11 @@ void detect_isa(CpuInfo& info) {
   add(info, info.neon_fp16, "fp16");
   add(info, bit(hwcap, 20), "dotprod");
   add(info, bit(hwcap2, 13), "i8mm");
-  add(info, bit(hwcap2, 14), "bf16");
+  const bool bf16 = bit(hwcap2, 14);
   add(info, bit(hwcap, 22), "sve");
 #endif
+  info.neon_bf16 = info.neon_fp16 && bf16;
+  add(info, bf16, "bf16");
 }
 
 #else

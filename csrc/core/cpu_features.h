@@ -13,6 +13,7 @@ struct CpuInfo {
   bool avx512 = false;                // AVX-512 F, BW, DQ, VL (and AVX2, FMA)
   bool neon = false;                  // Advanced SIMD, fp32
   bool neon_fp16 = false;             // and fp16 arithmetic (ARMv8.2)
+  bool neon_bf16 = false;             // and products of bf16 (ARMv8.6)
   std::vector<std::string> features;  // all that were recognised, for people to read
   std::size_t l1d = 32 * 1024;        // bytes
   std::size_t l2 = 512 * 1024;        // bytes that one core can count on: a share, where cores share it

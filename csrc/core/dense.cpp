@@ -50,6 +50,8 @@ void windows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView<T>
   const bool pieces = v.unit != kUnit && d.c_in % kUnit != 0;  // units of which the last is shorter
   const int worst = v.chan != 1 || (pieces && d.c_in % 8 != 0) ? d.c_in : units_of(d.c_in) * 2;
   if (worst * taps > kMaxRuns) yb = ya;
+  // a product of BFloat16 takes runs in steps of 8 terms, but for the few of a copied image
+  if (std::is_same_v<T, BFloat16> && (v.chan != 1 || d.c_in % 8 != 0) && !copies_rows(d)) yb = ya;
 
   if (yb > ya && xb > xa) {
     const bool pixels_apart = v.chan == 1 && v.unit == kUnit;  // channels of a pixel are consecutive
@@ -179,11 +181,9 @@ void dense_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView
   }
 }
 
-template void dense_rows(const BasicKernels<float>&, const BasicTeam<float>&, const BasicView<float>&, const BlockDesc&,
-                         const Geometry&, int, int, const BasicGemmArgs<float>&, const float*);
-#if defined(MNV4_OPS_HALF)
-template void dense_rows(const BasicKernels<Half>&, const BasicTeam<Half>&, const BasicView<Half>&, const BlockDesc&,
-                         const Geometry&, int, int, const BasicGemmArgs<Half>&, const float*);
-#endif
+#define MNV4_OPS_FOR(T)                                                                                        \
+  template void dense_rows(const BasicKernels<T>&, const BasicTeam<T>&, const BasicView<T>&, const BlockDesc&, \
+                           const Geometry&, int, int, const BasicGemmArgs<T>&, const float*);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

@@ -28,20 +28,18 @@ int available_tiers(const KernelTable** out, int max) {
   add(cpu.neon, neon_kernels());
 #endif
 #if defined(MNV4_OPS_HALF)
-  // what runs in fp32 is the same; models in fp16 are served as well
-  static const KernelTable fp16 = [] {
+  // what runs in fp32 is the same; models in fp16 are served as well, and then those in bf16
+  const auto named = [](const char* name) {
     KernelTable t = neon_kernels();
-    t.name = neon_fp16_kernels().name;
+    t.name = name;
     return t;
-  }();
+  };
+  static const KernelTable fp16 = named(neon_fp16_kernels().name), bf16 = named(neon_bf16_kernels().name);
   add(cpu.neon_fp16, fp16);
+  add(cpu.neon_bf16, bf16);
 #endif
   return n;
 }
-
-#if defined(MNV4_OPS_HALF)
-const BasicKernels<Half>* half_kernels() { return cpu_info().neon_fp16 ? &neon_fp16_kernels() : nullptr; }
-#endif
 
 const KernelTable& active_kernels() {
   const KernelTable* t = active.load(std::memory_order_acquire);
@@ -52,6 +50,21 @@ const KernelTable& active_kernels() {
   }
   return *t;
 }
+
+template <>
+const KernelTable* kernels_for<float>() {
+  return &active_kernels();
+}
+#if defined(MNV4_OPS_HALF)
+template <>
+const BasicKernels<Half>* kernels_for<Half>() {
+  return cpu_info().neon_fp16 ? &neon_fp16_kernels() : nullptr;
+}
+template <>
+const BasicKernels<BFloat16>* kernels_for<BFloat16>() {
+  return cpu_info().neon_bf16 ? &neon_bf16_kernels() : nullptr;
+}
+#endif
 
 bool has_winograd() {
   static const bool all = [] {

@@ -37,8 +37,7 @@ BasicHead<T>::BasicHead(const HeadDesc& d) : d_(d) {
   for (int s = 0; s < 3; ++s) {
     if (!has(s)) continue;
     weight_[s] = total_;
-    bias_[s] =
-        total_ + static_cast<std::size_t>(units_of(rows_of(s))) * depth_of(s) * kUnit * sizeof(T) / sizeof(float);
+    bias_[s] = total_ + units_of(rows_of(s)) * unit_of(s) * sizeof(T) / sizeof(float);
     total_ = bias_[s] + static_cast<std::size_t>(units_of(rows_of(s))) * kEpilogue<T>;
   }
 }
@@ -104,7 +103,7 @@ void BasicHead<T>::run(const BasicRegion<T>& r, const BasicTensor<T>& x, T* out,
           } else {
             g.k_blocks = ui, g.k_len = kUnit, g.k_last = d_.c_in - (ui - 1) * kUnit, g.a_blk = v.unit;
           }
-          g.b_unit = static_cast<std::ptrdiff_t>(d_.c_in) * kUnit;
+          g.b_unit = unit_of(0);
           g.b = weight(0) + u * g.b_unit;
           g.bias = data_.get() + bias_[0] + u * kEpilogue<T>;
           g.act = d_.feat_act, g.fine = fine_[0], g.units = units, g.c_pix = kUnit;
@@ -144,7 +143,7 @@ void BasicHead<T>::run(const BasicRegion<T>& r, const BasicTensor<T>& x, T* out,
       const Range u = split(units, r.n, r.tid);
       BasicGemmArgs<T> g;
       g.a = from, g.a_pix = from_pitch, g.k_blocks = 1, g.k_len = g.k_last = depth_of(s);
-      g.b_unit = static_cast<std::ptrdiff_t>(depth_of(s)) * kUnit;
+      g.b_unit = unit_of(s);
       g.b = weight(s) + u.lo * g.b_unit;
       g.bias = data_.get() + bias_[s] + u.lo * kEpilogue<T>;
       g.fine = fine_[s];
@@ -171,9 +170,7 @@ void BasicHead<T>::run(const BasicRegion<T>& r, const BasicTensor<T>& x, T* out,
   }
 }
 
-template class BasicHead<float>;
-#if defined(MNV4_OPS_HALF)
-template class BasicHead<Half>;
-#endif
+#define MNV4_OPS_FOR(T) template class BasicHead<T>;
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

@@ -35,6 +35,8 @@ class BasicHead {
   bool has(int stage) const { return (stage == 0 ? d_.c_feat : stage == 1 ? d_.c_hidden : d_.classes) > 0; }
   int rows_of(int stage) const { return stage == 0 ? d_.c_feat : stage == 1 ? d_.c_hidden : d_.classes; }
   int depth_of(int stage) const;
+  /// Elements of the weights of a unit of output channels.
+  std::ptrdiff_t unit_of(int stage) const { return packed_terms<T>(depth_of(stage)) * kUnit; }
   const T* weight(int stage) const { return reinterpret_cast<const T*>(data_.get() + weight_[stage]); }
   HeadDesc d_;
   std::size_t weight_[3] = {}, bias_[3] = {}, total_ = 0;

@@ -20,7 +20,7 @@ struct BasicGemmArgs {
   std::ptrdiff_t a_blk = 0;                 // elements between runs
   const std::ptrdiff_t* k_off =
       nullptr;                   // offsets of the runs instead of a_blk, for taps and units of a dense convolution
-  const T* b = nullptr;          // packed [unit][k][16]
+  const T* b = nullptr;          // packed [unit][k][16], of BFloat16 [unit][k / 4][16][4]
   std::ptrdiff_t b_unit = 0;     // elements between units of b
   const T* then = nullptr;       // weights that this thread reads next, fetched during the last units; may be null
   std::ptrdiff_t then_unit = 0;  // elements between units there
@@ -33,7 +33,7 @@ struct BasicGemmArgs {
   std::ptrdiff_t p_begin = 0, p_end = -1;  // range of pixels (row-major); -1: all
   int n_last = kUnit;                      // channels of the last unit that exist in C and res
   bool first_k = true, last_k = true;      // C is written, not added to / bias, activation and residual follow
-  bool fine = false;                       // of 16-bit elements: partial sums of 4 terms instead of 2 x 8
+  bool fine = false;                       // of Half: partial sums of 4 terms instead of 2 x 8
   Act act = Act::none;
 };
 using GemmArgs = BasicGemmArgs<float>;
@@ -55,7 +55,7 @@ struct BasicDepthwiseArgs {
   // pixels.
   std::ptrdiff_t src_pix = kUnit, dst_pix = kUnit;
   int width = 0, left = 0, first_col = 0;
-  bool fine = false;  // of 16-bit elements: fp32 arithmetic
+  bool fine = false;  // of Half: fp32 arithmetic
 };
 using DepthwiseArgs = BasicDepthwiseArgs<float>;
 
@@ -137,8 +137,7 @@ const KernelTable& neon_kernels();
 #endif
 #if defined(MNV4_OPS_HALF)
 const BasicKernels<Half>& neon_fp16_kernels();
-/// The kernels in fp16 arithmetic, null where the machine has none.
-const BasicKernels<Half>* half_kernels();
+const BasicKernels<BFloat16>& neon_bf16_kernels();
 #endif
 
 template <class T>
@@ -152,6 +151,9 @@ struct KernelsOf<float> {
 /// All kernels for elements T.
 template <class T>
 using Kernels = typename KernelsOf<T>::type;
+/// Those of this machine, null where it has none.
+template <class T>
+const Kernels<T>* kernels_for();
 
 // Tiers this host can run, best last; `force` by name returns false when the host lacks it.
 int available_tiers(const KernelTable** out, int max);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "core/attention.h"
 #include "core/cpu_features.h"
@@ -72,7 +73,7 @@ void upsample(const float* src, const View& x, const View& out, int u, int chann
 
 // Where things lie in a team's scratch, in floats. A thread of a team that keeps its own queries takes them a strip at
 // a time; otherwise all queries are one strip that the threads share.
-struct Mqa::Plan {
+struct MqaBlock::Plan {
   bool own = true;       // each thread keeps its own queries
   int strip = 0;         // queries of a strip
   int part = 0;          // queries whose scores are made together
@@ -101,14 +102,14 @@ MqaGeometry geometry(const MqaDesc& d, int h, int w) {
   return g;
 }
 
-std::string Mqa::refuses(int h, int w) const {
+std::string MqaBlock::refuses(int h, int w) const {
   const MqaGeometry g = geometry(d_, h, w);
   if (g.nq() == 0) return "at least as many rows and columns as query_stride";
   if (d_.residual && (g.ho != h || g.wo != w)) return "rows and columns divisible by query_stride, with a residual";
   return {};
 }
 
-Mqa::Plan Mqa::plan(const MqaGeometry& g, int team) const {
+MqaBlock::Plan MqaBlock::plan(const MqaGeometry& g, int team) const {
   Plan p;
   const std::size_t units = units_of(d_.c), nk = g.nk(), nq = g.nq();
   const std::size_t wide_q = static_cast<std::size_t>(d_.heads) * key_units() * kUnit,
@@ -137,8 +138,8 @@ Mqa::Plan Mqa::plan(const MqaGeometry& g, int team) const {
 }
 
 // Keys and values of an image, packed for the attention; ends with the threads together.
-void Mqa::keys_and_values(const KernelTable& k, const Team& t, const View& x, const MqaGeometry& g,
-                          const Plan& p) const {
+void MqaBlock::keys_and_values(const KernelTable& k, const Team& t, const View& x, const MqaGeometry& g,
+                               const Plan& p) const {
   const int units = units_of(d_.c), nk = g.nk();
   float *key_down = t.shared, *value_down = key_down + p.down, *keys = value_down + p.down, *values = keys + p.keys;
   const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(nk) * kUnit;
@@ -201,8 +202,8 @@ void Mqa::keys_and_values(const KernelTable& k, const Team& t, const View& x, co
 }
 
 // The output before its up-sampling, to the tensor.
-void Mqa::finish(const KernelTable&, const Team& t, const View& x, const View& out, int n_last, const MqaGeometry& g,
-                 const Plan& p) const {
+void MqaBlock::finish(const KernelTable&, const Team& t, const View& x, const View& out, int n_last,
+                      const MqaGeometry& g, const Plan& p) const {
   const float* low = t.shared + 2 * p.down + p.keys + p.values + p.pooled;
   const int units = units_of(d_.c);
   t.meet();
@@ -213,8 +214,8 @@ void Mqa::finish(const KernelTable&, const Team& t, const View& x, const View& o
   }
 }
 
-void Mqa::run_image(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last,
-                    const MqaGeometry& g) const {
+void MqaBlock::run_image(const KernelTable& k, const Team& t, const View& x, const View& out, int n_last,
+                         const MqaGeometry& g) const {
   const Plan p = plan(g, t.n);
   const int units = units_of(d_.c), nq = g.nq(), heads = d_.heads;
   float* keys = t.shared + 2 * p.down;
@@ -290,33 +291,105 @@ void Mqa::run_image(const KernelTable& k, const Team& t, const View& x, const Vi
   if (d_.query_stride > 1) finish(k, t, x, out, n_last, g, p);
 }
 
-bool Mqa::run(const Region& r, const Tensor& x, const Tensor& out, bool padded, int n, int h, int w) const {
+namespace {
+
+// Units of an image to fp32.
+template <class T>
+void widen(const BasicView<T>& x, const Range& units, int channels, int h, int w, const View& to) {
+  for (int u = units.lo; u < units.hi; ++u) {
+    const int n = std::min(kUnit, channels - u * kUnit);
+    for (int i = 0; i < h * w; ++i) {
+      const T* from = x.p + u * x.unit + i / w * x.row + i % w * x.pix;
+      float* p = to.p + u * to.unit + i * kUnit;
+      for (int c = 0; c < n; ++c) p[c] = from[c * x.chan];
+    }
+  }
+}
+
+// And back.
+template <class T>
+void narrow(const View& x, const Range& units, int channels, int h, int w, const BasicView<T>& to) {
+  for (int u = units.lo; u < units.hi; ++u) {
+    const int n = std::min(kUnit, channels - u * kUnit);
+    for (int i = 0; i < h * w; ++i) {
+      const float* from = x.p + u * x.unit + i * kUnit;
+      T* p = to.p + u * to.unit + i / w * to.row + i % w * to.pix;
+      for (int c = 0; c < n; ++c) p[c * to.chan] = static_cast<T>(from[c]);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+std::size_t BasicMqa<T>::copied(const MqaGeometry& g) const {
+  if (std::is_same_v<T, float>) return 0;
+  return static_cast<std::size_t>(units_of(d_.c)) * kUnit * (g.h * g.w + g.ho * g.wo);
+}
+
+template <class T>
+bool BasicMqa<T>::run(const BasicRegion<T>& r, const BasicTensor<T>& x, const BasicTensor<T>& out, bool padded, int n,
+                      int h, int w) const {
   const MqaGeometry g = geometry(d_, h, w);
   // a residual from a tensor with consecutive channels has no padding to read
   const bool full = (padded && !(d_.residual && x.image.unit == kUnit)) || d_.c % kUnit == 0;
   const int n_last = full ? kUnit : d_.c % kUnit;
+  const KernelTable& k = *kernels_for<float>();
+  const std::size_t copies = copied(g);
   Team t;
-  t.barrier = r.barrier, t.draw = r.draw, t.after = r.after;
+  t.barrier = r.barrier, t.draw = r.draw;
+  float* base = nullptr;
+  auto image = [&](int i) {
+    if constexpr (std::is_same_v<T, float>) {
+      t.after = r.after;
+      run_image(*r.kernels, t, x.at(i), out.at(i), n_last, g);
+    } else {
+      const View in = blocked_tensor(base, d_.c, g.h, g.w).image;
+      const View made =
+          blocked_tensor(base + static_cast<std::size_t>(units_of(d_.c)) * kUnit * g.h * g.w, d_.c, g.ho, g.wo).image;
+      const Range own = split(units_of(d_.c), t.n, t.tid);
+      widen(x.at(i), own, d_.c, g.h, g.w, in);
+      t.meet();
+      run_image(k, t, in, made, kUnit, g);
+      t.meet();
+      narrow(made, own, d_.c, g.ho, g.wo, out.at(i));
+    }
+  };
   const int whole = n / r.n * r.n;
   const Plan solo = plan(g, 1);
-  t.shared = r.scratch(r.tid), t.local = t.shared + solo.shared();
-  r.draw->each(whole, [&](int i, int) { run_image(*r.kernels, t, x.at(i), out.at(i), n_last, g); });
+  base = reinterpret_cast<float*>(r.scratch(r.tid));
+  t.shared = base + copies, t.local = t.shared + solo.shared();
+  r.draw->each(whole, [&](int i, int) { image(i); });
   if (whole == n) return r.n == 1;
   if (whole > 0) r.barrier->wait(r.tid, r.n);
   const Plan team = plan(g, r.n);
-  t.tid = r.tid, t.n = r.n, t.shared = r.arena, t.local = r.arena + team.shared() + r.tid * team.local;
+  base = reinterpret_cast<float*>(r.arena);
+  t.tid = r.tid, t.n = r.n, t.shared = base + copies, t.local = t.shared + team.shared() + r.tid * team.local;
   for (int i = whole; i < n; ++i) {
     if (i > whole) t.meet();  // others may still read what the image before has left
-    run_image(*r.kernels, t, x.at(i), out.at(i), n_last, g);
+    image(i);
   }
   return false;
 }
 
-std::size_t Mqa::scratch_floats(int h, int w, int threads) const {
+template <class T>
+std::size_t BasicMqa<T>::scratch_floats(int h, int w, int threads) const {
   const MqaGeometry g = geometry(d_, h, w);
-  const std::size_t solo = round_line(plan(g, 1).all(1));
-  if (threads == 1) return solo;
-  return std::max(solo, round_line((plan(g, threads).all(threads) + threads - 1) / threads));
+  const std::size_t copies = copied(g), one = round_line(copies + plan(g, 1).all(1));
+  const std::size_t all = round_line((copies + plan(g, threads).all(threads) + threads - 1) / threads);
+  return std::max(one, all) * sizeof(float) / sizeof(T);
 }
+
+template <class T>
+BasicUpcoming<T> BasicMqa<T>::upcoming() const {
+  if constexpr (std::is_same_v<T, float>) {
+    return {weight(MqaStage::query), static_cast<std::ptrdiff_t>(d_.c) * kUnit, d_.heads * key_units()};
+  } else {
+    return {};
+  }
+}
+
+#define MNV4_OPS_FOR(T) template class BasicMqa<T>;
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

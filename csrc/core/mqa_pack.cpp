@@ -70,7 +70,7 @@ std::string check(const MqaDesc& d) {
   return {};
 }
 
-Mqa::Mqa(const MqaDesc& d) : d_(d) {
+MqaBlock::MqaBlock(const MqaDesc& d) : d_(d) {
   for (int i = 0; i < kMqaStages; ++i) {
     const MqaStage s = static_cast<MqaStage>(i);
     if (!has(s) || s == MqaStage::query_norm) continue;
@@ -90,7 +90,7 @@ Mqa::Mqa(const MqaDesc& d) : d_(d) {
   }
 }
 
-bool Mqa::has(MqaStage s) const {
+bool MqaBlock::has(MqaStage s) const {
   if (s == MqaStage::norm) return d_.norm;
   if (s == MqaStage::query_norm) return d_.query_norm;
   return !is_down(s) || d_.kv_stride > 1;
@@ -98,7 +98,7 @@ bool Mqa::has(MqaStage s) const {
 
 // What comes before a 1x1 and folds into it: a norm commutes with the average pool of the queries, but not with the
 // zero padding of a depthwise.
-Mqa::Channels Mqa::folded(MqaStage s) const {
+MqaBlock::Channels MqaBlock::folded(MqaStage s) const {
   if (s == MqaStage::output || ((s == MqaStage::key || s == MqaStage::value) && d_.kv_stride > 1)) return {};
   Channels c = norm_[0];
   if (s == MqaStage::query && d_.query_norm) {
@@ -112,7 +112,7 @@ Mqa::Channels Mqa::folded(MqaStage s) const {
   return c;
 }
 
-std::string Mqa::pack(MqaStage s, const StageParams& p) {
+std::string MqaBlock::pack(MqaStage s, const StageParams& p) {
   if (!has(s)) return "expected a stage that the block has";
   if (data_ == nullptr) data_ = make_buffer(total_);
   if (data_ == nullptr) return "no memory";
@@ -145,23 +145,19 @@ std::string Mqa::pack(MqaStage s, const StageParams& p) {
   return {};
 }
 
-bool Mqa::packed() const {
+bool MqaBlock::packed() const {
   for (int i = 0; i < kMqaStages; ++i) {
     if (has(static_cast<MqaStage>(i)) && !done_[i]) return false;
   }
   return true;
 }
 
-void Mqa::adopt(const float* blob) {
+void MqaBlock::adopt(const float* blob) {
   if (data_ == nullptr) data_ = make_buffer(total_);
   if (data_ == nullptr) return;
   std::memcpy(data_.get(), blob, total_ * sizeof(float));
   for (int i = 0; i < kMqaStages; ++i) done_[i] = has(static_cast<MqaStage>(i));
   known_[0] = known_[1] = false;
-}
-
-Upcoming Mqa::upcoming() const {
-  return {weight(MqaStage::query), static_cast<std::ptrdiff_t>(d_.c) * kUnit, d_.heads * key_units()};
 }
 
 }  // namespace mnv4

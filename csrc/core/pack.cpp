@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "core/block.h"
 
@@ -90,38 +91,59 @@ double pack_epilogue(const Affine& a, bool signs, Half* p) {
   return std::ldexp(1.0, exponent);
 }
 
-// `taps` outermost in the packed order, `c_in` in the order of the weight; one input channel: depthwise
-void pack_half(const StageParams& p, int c_out, int c_in, int taps, Half* weight, float* epilogue) {
-  const std::size_t k_total = static_cast<std::size_t>(c_in) * taps;
+// Returns what the weights are multiplied by: 1, since all of the scale comes after the sum.
+double pack_epilogue(const Affine& a, bool, float* p) {
+  p[0] = static_cast<float>(a.scale);
+  p[kUnit] = static_cast<float>(a.shift);
+  return 1.0;
+}
+
+// What an epilogue consists of.
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, Half>, Half, float>;
+
+// `taps` outermost in the packed order, `c_in` in the order of the weight. at(k, i): where term k of channel i of a
+// unit goes, of `terms` a unit.
+template <class T, class At>
+void pack_unfolded(const StageParams& p, int c_out, int c_in, int taps, std::ptrdiff_t terms, At at, T* weight,
+                   float* epilogue) {
+  using F = Factor<T>;
   for (int o = 0; o < units_of(c_out) * kUnit; ++o) {
     const int u = o / kUnit, i = o % kUnit;
-    Half* w = weight + u * k_total * kUnit + i;
-    Half* e = reinterpret_cast<Half*>(epilogue + u * kEpilogue<Half>) + i;
+    T* w = weight + u * terms * kUnit;
+    F* e = reinterpret_cast<F*>(epilogue + u * kEpilogue<T>) + i;
+    for (std::ptrdiff_t k = 0; k < terms; ++k) w[at(k, i)] = static_cast<T>(0.0f);
     if (o >= c_out) {
-      for (std::size_t k = 0; k < k_total; ++k) w[k * kUnit] = static_cast<Half>(0.0f);
-      for (int j = 0; j < 4; ++j) e[j * kUnit] = static_cast<Half>(0.0f);
+      for (std::size_t j = 0; j < kEpilogue<T> * sizeof(float) / sizeof(F); j += kUnit) e[j] = static_cast<F>(0.0f);
       continue;
     }
     const double power = pack_epilogue(affine(p, o), c_in == 1, e);
-    const float* src = p.weight + o * k_total;
+    const float* src = p.weight + static_cast<std::ptrdiff_t>(o) * c_in * taps;
     for (int t = 0; t < taps; ++t) {
       for (int c = 0; c < c_in; ++c) {
-        w[(static_cast<std::size_t>(t) * c_in + c) * kUnit] =
-            static_cast<Half>(static_cast<float>(src[static_cast<std::size_t>(c) * taps + t] * power));
+        w[at(static_cast<std::ptrdiff_t>(t) * c_in + c, i)] =
+            static_cast<T>(static_cast<float>(src[static_cast<std::ptrdiff_t>(c) * taps + t] * power));
       }
     }
   }
 }
 
+std::ptrdiff_t by_terms(std::ptrdiff_t k, int i) { return k * kUnit + i; }
+std::ptrdiff_t by_fours(std::ptrdiff_t k, int i) { return k / 4 * 4 * kUnit + i * 4 + k % 4; }
+
 }  // namespace
 
-void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, Half* weight, float* epilogue) {
-  pack_half(p, c_out, c_in, kernel * kernel, weight, epilogue);
-}
-
-void pack_depthwise(const StageParams& p, int channels, int kernel, Half* weight, float* epilogue) {
-  pack_half(p, channels, 1, kernel * kernel, weight, epilogue);
-}
+#define MNV4_OPS_FOR(T)                                                                               \
+  void pack_gemm(const StageParams& p, int c_out, int c_in, int kernel, T* weight, float* epilogue) { \
+    const int taps = kernel * kernel;                                                                 \
+    pack_unfolded(p, c_out, c_in, taps, packed_terms<T>(static_cast<std::ptrdiff_t>(c_in) * taps),    \
+                  std::is_same_v<T, BFloat16> ? by_fours : by_terms, weight, epilogue);               \
+  }                                                                                                   \
+  void pack_depthwise(const StageParams& p, int channels, int kernel, T* weight, float* epilogue) {   \
+    const int taps = kernel * kernel;                                                                 \
+    pack_unfolded(p, channels, 1, taps, taps, by_terms, weight, epilogue);                            \
+  }
+MNV4_OPS_EACH_HALF(MNV4_OPS_FOR)
 #endif
 
 }  // namespace mnv4

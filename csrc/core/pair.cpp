@@ -75,13 +75,10 @@ void run_pair(const Pair& p, const BasicRegion<T>& r, const BasicBlock<T>& a, co
   for (int i = whole; i < n; ++i) image(i, rows.lo, rows.hi);
 }
 
-template Pair plan_pair(const BasicBlock<float>&, const BasicBlock<float>&, int, int);
-template void run_pair(const Pair&, const BasicRegion<float>&, const BasicBlock<float>&, const BasicBlock<float>&,
-                       const BasicTensor<float>&, const BasicTensor<float>&, bool, int, int, int);
-#if defined(MNV4_OPS_HALF)
-template Pair plan_pair(const BasicBlock<Half>&, const BasicBlock<Half>&, int, int);
-template void run_pair(const Pair&, const BasicRegion<Half>&, const BasicBlock<Half>&, const BasicBlock<Half>&,
-                       const BasicTensor<Half>&, const BasicTensor<Half>&, bool, int, int, int);
-#endif
+#define MNV4_OPS_FOR(T)                                                                                  \
+  template Pair plan_pair(const BasicBlock<T>&, const BasicBlock<T>&, int, int);                         \
+  template void run_pair(const Pair&, const BasicRegion<T>&, const BasicBlock<T>&, const BasicBlock<T>&, \
+                         const BasicTensor<T>&, const BasicTensor<T>&, bool, int, int, int);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

@@ -104,9 +104,7 @@ Plan BasicBlock<T>::plan(const Geometry& g, int rows, int team) const {
   return sizes(1, std::min(grain, ue), false);  // a single row is wider than the budget
 }
 
-template Plan BasicBlock<float>::plan(const Geometry&, int, int) const;
-#if defined(MNV4_OPS_HALF)
-template Plan BasicBlock<Half>::plan(const Geometry&, int, int) const;
-#endif
+#define MNV4_OPS_FOR(T) template Plan BasicBlock<T>::plan(const Geometry&, int, int) const;
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

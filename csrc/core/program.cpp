@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <type_traits>
 
 #include "core/cpu_features.h"
 
@@ -22,8 +21,8 @@ const BasicHead<T>* head(const BasicOp<T>& op) {
 }
 
 template <class T>
-const Mqa* attention(const BasicOp<T>& op) {
-  const Mqa* const* m = std::get_if<const Mqa*>(&op);
+const BasicMqa<T>* attention(const BasicOp<T>& op) {
+  const BasicMqa<T>* const* m = std::get_if<const BasicMqa<T>*>(&op);
   return m != nullptr ? *m : nullptr;
 }
 
@@ -50,9 +49,7 @@ template <class T>
 BasicUpcoming<T> upcoming(const BasicOps<T>& ops, std::size_t i) {
   if (i >= ops.size()) return {};
   if (const BasicBlock<T>* b = block<T>(ops[i])) return b->upcoming();
-  if constexpr (std::is_same_v<T, float>) {
-    if (const Mqa* m = attention<T>(ops[i])) return m->upcoming();
-  }
+  if (const BasicMqa<T>* m = attention<T>(ops[i])) return m->upcoming();
   return {};
 }
 
@@ -125,8 +122,8 @@ class Walk {
       const int other = 1 - s.half;
       const BasicTensor<T> out = end ? final : blocked_tensor(half[other], outputs<T>(ops[i]), g.h, g.w);
       bool together = false;
-      if (const Mqa* m = attention<T>(ops[i])) {
-        if constexpr (std::is_same_v<T, float>) together = m->run(here, s.x, out, !end || padded, n, s.h, s.w);
+      if (const BasicMqa<T>* m = attention<T>(ops[i])) {
+        together = m->run(here, s.x, out, !end || padded, n, s.h, s.w);
       } else if (i > first) {
         run_pair(pair, here, *block<T>(ops[first]), *block<T>(ops[i]), s.x, out, !end || padded, n, s.h, s.w);
       } else {
@@ -199,7 +196,7 @@ void body(void* ctx, int tid, int threads) {
 
 template <class T>
 int input_channels(const BasicOp<T>& op) {
-  if (const Mqa* m = attention<T>(op)) return m->desc().c;
+  if (const BasicMqa<T>* m = attention<T>(op)) return m->desc().c;
   return block<T>(op) != nullptr ? block<T>(op)->desc().c_in : head<T>(op)->desc().c_in;
 }
 
@@ -317,21 +314,14 @@ void run(const BasicOps<T>& ops, const ProgramPlan& plan, const Kernels<T>& kern
   parallel_run(plan.threads, body<T>, &c);
 }
 
-template std::string check(const BasicOps<float>&);
-template Shape output_shape(const BasicOps<float>&, int, int, int);
-template std::string refuses(const BasicOps<float>&, int, int);
-template int input_channels<float>(const BasicOp<float>&);
-template ProgramPlan plan_program(const BasicOps<float>&, int, int, int, int);
-template void run(const BasicOps<float>&, const ProgramPlan&, const Kernels<float>&, const BasicTensor<float>&, float*,
-                  float*, float*, double*);
-#if defined(MNV4_OPS_HALF)
-template std::string check(const BasicOps<Half>&);
-template Shape output_shape(const BasicOps<Half>&, int, int, int);
-template std::string refuses(const BasicOps<Half>&, int, int);
-template int input_channels<Half>(const BasicOp<Half>&);
-template ProgramPlan plan_program(const BasicOps<Half>&, int, int, int, int);
-template void run(const BasicOps<Half>&, const ProgramPlan&, const Kernels<Half>&, const BasicTensor<Half>&, Half*,
-                  Half*, Half*, double*);
-#endif
+#define MNV4_OPS_FOR(T)                                                                                           \
+  template std::string check(const BasicOps<T>&);                                                                 \
+  template Shape output_shape(const BasicOps<T>&, int, int, int);                                                 \
+  template std::string refuses(const BasicOps<T>&, int, int);                                                     \
+  template int input_channels<T>(const BasicOp<T>&);                                                              \
+  template ProgramPlan plan_program(const BasicOps<T>&, int, int, int, int);                                      \
+  template void run(const BasicOps<T>&, const ProgramPlan&, const Kernels<T>&, const BasicTensor<T>&, T*, T*, T*, \
+                    double*);
+MNV4_OPS_EACH_ELEMENT(MNV4_OPS_FOR)
 
 }  // namespace mnv4

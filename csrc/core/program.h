@@ -11,9 +11,9 @@
 
 namespace mnv4 {
 
-/// What is run on elements T; there is attention for floats alone.
+/// What is run on elements T.
 template <class T>
-using BasicOp = std::variant<const BasicBlock<T>*, const BasicHead<T>*, const Mqa*>;
+using BasicOp = std::variant<const BasicBlock<T>*, const BasicHead<T>*, const BasicMqa<T>*>;
 template <class T>
 using BasicOps = std::vector<BasicOp<T>>;
 using Op = BasicOp<float>;

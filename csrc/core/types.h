@@ -1,8 +1,10 @@
 // Plain data shared by the planner, the executor and the kernels.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace mnv4 {
 
@@ -16,16 +18,40 @@ inline constexpr int units_of(int channels) { return (channels + kUnit - 1) / kU
 /// Floats rounded up to whole cache lines.
 inline constexpr std::size_t round_line(std::size_t floats) { return (floats + 15) / 16 * 16; }
 
-#if defined(MNV4_OPS_HAVE_NEON_FP16)
-#define MNV4_OPS_HALF 1
-// Elements of what runs in fp16 arithmetic. Everything that is a template over its element exists for it as well.
-using Half = __fp16;
-#endif
+/// The upper half of a float.
+struct BFloat16 {
+  std::uint16_t bits;
+  BFloat16() = default;
+  /// Rounds to nearest, ties to even; NaN stays one.
+  BFloat16(float x) {
+    const std::uint32_t b = std::bit_cast<std::uint32_t>(x);
+    bits = static_cast<std::uint16_t>(x != x ? b >> 16 | 0x40 : (b + 0x7fff + (b >> 16 & 1)) >> 16);
+  }
+  operator float() const { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+};
 
-// Floats of what follows a product or a depthwise convolution, for each unit: [16] to add; of 16-bit elements
-// [4][16] elements: the factor in two parts and what is added, see pack_epilogue.
+// X(T) for the elements that blocks, heads and programs exist for, which are templates over them.
+#if defined(MNV4_OPS_HAVE_NEON_FP16) && defined(MNV4_OPS_HAVE_NEON_BF16)
+#define MNV4_OPS_HALF 1
+using Half = __fp16;
+#define MNV4_OPS_EACH_HALF(X) X(Half) X(BFloat16)
+#else
+#define MNV4_OPS_EACH_HALF(X)
+#endif
+#define MNV4_OPS_EACH_ELEMENT(X) X(float) MNV4_OPS_EACH_HALF(X)
+
+// Floats of what follows a product or a depthwise convolution, for each unit: [16] to add; of BFloat16 a factor as
+// well, [2][16]; of Half [4][16] elements: the factor in two parts and what is added, see pack_epilogue.
 template <class T>
 inline constexpr int kEpilogue = sizeof(T) == sizeof(float) ? kUnit : 2 * kUnit;
+
+/// Terms of a packed product of `terms`, which go in steps: of BFloat16 8, of Half the 16 that a part of a sum has.
+/// What is beyond is 0.
+template <class T>
+constexpr std::ptrdiff_t packed_terms(std::ptrdiff_t terms) {
+  constexpr std::ptrdiff_t step = std::is_same_v<T, BFloat16> ? 8 : sizeof(T) == sizeof(float) ? 1 : kUnit;
+  return (terms + step - 1) / step * step;
+}
 
 // Address of element (c, y, x): p + (c / 16) * unit + (c % 16) * chan + y * row + x * pix. Strides in elements.
 template <class T>

@@ -20,12 +20,14 @@ struct NeonPair {
     float32x4_t lo, hi;
   };
   static constexpr int W = 8;
-  static constexpr bool kScalesAfter = false;
+  using In = reg;
+  static constexpr bool kScalesAfter = false, kShortSums = false;
   static MNV4_INLINE reg zero() { return {VecNeon::zero(), VecNeon::zero()}; }
   static MNV4_INLINE reg set(float x) { return {VecNeon::set(x), VecNeon::set(x)}; }
   static MNV4_INLINE reg load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
   // what sums begin with
   static MNV4_INLINE const float* begins(const float* bias) { return bias; }
+  static MNV4_INLINE reg begin(const float* p) { return load(p); }
   // loads and moves on: one instruction
   static MNV4_INLINE reg load_step(const float*& p, std::ptrdiff_t step) {
     const float32x4x2_t v = vld1q_f32_x2(p);
@@ -50,7 +52,7 @@ struct NeonPair {
     return p;
   }
   template <int N>
-  static MNV4_INLINE void finish(reg (&)[N], const float*) {}
+  static MNV4_INLINE void finish(reg (&)[N], const float*, int) {}
   static MNV4_INLINE void gelu_unit(float* p) { gelu_inplace<VecNeon>(p, kUnit); }
   static MNV4_INLINE reg max(reg a, reg b) { return {VecNeon::max(a.lo, b.lo), VecNeon::max(a.hi, b.hi)}; }
   static MNV4_INLINE reg min(reg a, reg b) { return {VecNeon::min(a.lo, b.lo), VecNeon::min(a.hi, b.hi)}; }

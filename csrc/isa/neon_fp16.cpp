@@ -1,6 +1,7 @@
 // NEON with fp16 arithmetic (ARMv8.2): blocks and heads of 16-bit elements.
 #include <arm_neon.h>
 
+#include <cstring>
 #include <utility>
 
 #include "core/kernels.h"
@@ -21,6 +22,9 @@ struct VecHalf {
   static MNV4_INLINE reg set(float16_t x) { return vdupq_n_f16(x); }
   static MNV4_INLINE reg load(const Half* p) { return vld1q_f16(p); }
   static MNV4_INLINE void store(Half* p, reg v) { vst1q_f16(p, v); }
+  static MNV4_INLINE float32x4_t low(reg v) { return vcvt_f32_f16(vget_low_f16(v)); }
+  static MNV4_INLINE float32x4_t high(reg v) { return vcvt_high_f32_f16(v); }
+  static MNV4_INLINE reg narrow(float32x4_t lo, float32x4_t hi) { return vcvt_high_f16_f32(vcvt_f16_f32(lo), hi); }
   static MNV4_INLINE reg add(reg a, reg b) { return vaddq_f16(a, b); }
   static MNV4_INLINE reg sub(reg a, reg b) { return vsubq_f16(a, b); }
   static MNV4_INLINE reg mul(reg a, reg b) { return vmulq_f16(a, b); }
@@ -53,10 +57,7 @@ struct VecHalf {
     const uint64x2_t bits = vreinterpretq_u64_f16(x);
     return ((vgetq_lane_u64(bits, 0) | vgetq_lane_u64(bits, 1)) & 0x7fff7fff7fff7fffu) == 0;
   }
-  static MNV4_INLINE reg gelu(reg x) {
-    const float32x4_t lo = mnv4_gelu(vcvt_f32_f16(vget_low_f16(x))), hi = mnv4_gelu(vcvt_high_f32_f16(x));
-    return vcvt_high_f16_f32(vcvt_f16_f32(lo), hi);
-  }
+  static MNV4_INLINE reg gelu(reg x) { return narrow(::mnv4::gelu<VecNeon>(low(x)), ::mnv4::gelu<VecNeon>(high(x))); }
   // 16 elements, and moves on
 #if defined(__clang__)
   using Unit = float16x8x2_t;
@@ -90,9 +91,6 @@ struct VecHalf {
     });
     return p;
   }
-
- private:
-  static MNV4_INLINE float32x4_t mnv4_gelu(float32x4_t x) { return ::mnv4::gelu<VecNeon>(x); }
 };
 
 // the 16 channels of a pixel
@@ -102,7 +100,8 @@ struct HalfPair {
     float16x8_t lo, hi;
   };
   static constexpr int W = 16;
-  static constexpr bool kScalesAfter = true;
+  using In = reg;
+  static constexpr bool kScalesAfter = true, kShortSums = true;
   static MNV4_INLINE reg zero() { return {VecHalf::zero(), VecHalf::zero()}; }
   static MNV4_INLINE reg set(float x) {
     const float16x8_t v = VecHalf::set(static_cast<float16_t>(x));
@@ -111,9 +110,10 @@ struct HalfPair {
   static MNV4_INLINE reg load(const Half* p) { return {VecHalf::load(p), VecHalf::load(p + 8)}; }
   // what sums begin with: 0, from memory, whose loads are idle
   static MNV4_INLINE const Half* begins(const float* bias) { return reinterpret_cast<const Half*>(bias) + 3 * kUnit; }
+  static MNV4_INLINE reg begin(const Half* p) { return load(p); }
   // sums times their factors, in two parts, and what is added
   template <int N>
-  static MNV4_INLINE void finish(reg (&acc)[N], const float* bias) {
+  static MNV4_INLINE void finish(reg (&acc)[N], const float* bias, int) {
     const Half* p = reinterpret_cast<const Half*>(bias);
     const reg factor = load(p), rest = load(p + kUnit), shift = load(p + 2 * kUnit);
     unroll<N>([&](auto t) MNV4_LAMBDA { acc[t] = fma(acc[t], factor, fma(acc[t], rest, shift)); });
@@ -151,13 +151,14 @@ struct HalfPair {
 #include "kernels/depthwise_in_place.h"
 #include "kernels/gemm.h"
 #include "kernels/gemm_half.h"
+#include "kernels/gemm_units.h"
 #include "kernels/move.h"
 
 // 32 registers: 4 pixels x 2 vectors of running sums, of what they have lost with the first chain, and of the second
 // chain; 4 of the pixels' terms, 2 of weights
 struct Config {
   using V = VecHalf;
-  static constexpr int kTallRows = 4;
+  static constexpr int kTallRows = 4, kPixelsAtOnce = 1;
   static constexpr int kWideUnits = 4, kWideRows = 1;
   // 16 registers of sums, 6 or 10 of taps, 2 of a pixel; with 5 x 5 taps twice as many sums
   using Pair = HalfPair;
@@ -195,24 +196,12 @@ void depthwise_fine(const BasicDepthwiseArgs<Half>& d) {
 
 void depthwise_half(const BasicDepthwiseArgs<Half>& d) { d.fine ? depthwise_fine(d) : depthwise<Config>(d); }
 
-// dst[16] += sum over pixels, in fp32
-void sum_half(const Half* src, int pixels, float* dst) {
-  float32x4_t s[4];
-  unroll<4>([&](auto i) MNV4_LAMBDA { s[i] = vld1q_f32(dst + 4 * i); });
-  for (int p = 0; p < pixels; ++p, src += kUnit) {
-    const float16x8_t a = VecHalf::load(src), b = VecHalf::load(src + 8);
-    s[0] = vaddq_f32(s[0], vcvt_f32_f16(vget_low_f16(a))), s[1] = vaddq_f32(s[1], vcvt_high_f32_f16(a));
-    s[2] = vaddq_f32(s[2], vcvt_f32_f16(vget_low_f16(b))), s[3] = vaddq_f32(s[3], vcvt_high_f32_f16(b));
-  }
-  unroll<4>([&](auto i) MNV4_LAMBDA { vst1q_f32(dst + 4 * i, s[i]); });
-}
-
 constexpr BasicKernels<Half> kTable = {"neon_fp16",
-                                       gemm<Config, Half>,
+                                       gemm_whole<Config, Half>,
                                        depthwise_half,
                                        load_unit<VecHalf, Half>,
                                        store_unit<VecHalf, Half>,
-                                       sum_half,
+                                       sum_unit<VecHalf, Half>,
                                        nullptr,
                                        true,
                                        nullptr,

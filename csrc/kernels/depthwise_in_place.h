@@ -1,6 +1,8 @@
 // Depthwise k x k over one unit of 16 channels, read where it lies: pixels any distance apart, no borders needed. Two
 // vectors of a pixel at a time (V is a pair), so that one instruction loads and one stores both; strips of T columns
-// from the first row to the last, so that what is at the edge of the image is decided once.
+// from the first row to the last, so that what is at the edge of the image is decided once. V::reg holds sums, V::In
+// what is loaded; the sums of 16-bit elements get their factors at the end (V::kScalesAfter), and where they have 16
+// bits themselves they stay short (V::kShortSums).
 #pragma once
 
 inline constexpr int kUnknown = -1;  // only known at run time
@@ -10,11 +12,12 @@ inline constexpr int kUnknown = -1;  // only known at run time
 template <class V, int K, int S, int T, int Pix, int L, int R>
 void depthwise_strip(const BasicDepthwiseArgs<typename V::Elem>& args, int v, int x, int lo, int hi) {
   using reg = typename V::reg;
+  using In = typename V::In;
   using E = typename V::Elem;
   constexpr bool edge = L == kUnknown;
   constexpr int N = (T - 1) * S + K, P = K / 2, from = edge ? 0 : L, to = edge ? N : N - R;
-  constexpr bool cut = V::kScalesAfter && K == 5;  // kernel rows are summed apart, so that sums in 16 bits stay short
-  const BasicDepthwiseArgs<E> d = args;            // a copy that no store can change
+  constexpr bool cut = V::kShortSums && K == 5;  // kernel rows are summed apart
+  const BasicDepthwiseArgs<E> d = args;          // a copy that no store can change
   const std::ptrdiff_t pix = Pix == kUnknown ? d.src_pix : Pix;
   const E *src = d.src + v + (x * S + from) * pix, *weight = d.weight + v, *row_bias = V::begins(d.bias) + v;
   E* dst = d.dst + v + x * (Pix == kUnknown ? d.dst_pix : kUnit);
@@ -25,7 +28,7 @@ void depthwise_strip(const BasicDepthwiseArgs<typename V::Elem>& args, int v, in
     const E* bias = row_bias;
     reg total[cut ? T : 1];
     const auto begin = [&](reg(&r)[T]) MNV4_LAMBDA {
-      unroll<T>([&](auto t) MNV4_LAMBDA { r[t] = V::load(bias = V::hidden(bias)); });
+      unroll<T>([&](auto t) MNV4_LAMBDA { r[t] = V::begin(bias = V::hidden(bias)); });
     };
     if constexpr (cut) {
       begin(total);
@@ -37,10 +40,10 @@ void depthwise_strip(const BasicDepthwiseArgs<typename V::Elem>& args, int v, in
       if (row_off[ky] >= 0) {
         const E* in = V::hidden(src + row_off[ky]);
         if constexpr (cut && edge) begin(acc);
-        reg wv[K];
+        In wv[K];
         unroll<K>([&](auto kx) MNV4_LAMBDA { wv[kx] = V::load(w + (ky * K + kx) * kUnit); });
         // input i is tap kx of output (i - kx) / S
-        auto use = [&](auto i, reg value) MNV4_LAMBDA {
+        auto use = [&](auto i, In value) MNV4_LAMBDA {
           unroll<K>([&](auto kx) MNV4_LAMBDA {
             constexpr int t = (i - kx) / S;
             if constexpr (i >= kx && (i - kx) % S == 0 && t < T) {
@@ -71,10 +74,10 @@ void depthwise_strip(const BasicDepthwiseArgs<typename V::Elem>& args, int v, in
             }
           });
         } else {
-          reg value = load(Index<from>{});
+          In value = load(Index<from>{});
           unroll<to - from>([&](auto j) MNV4_LAMBDA {
             // one load ahead of its turn and no more: the others would need registers that there are not
-            reg next = value;
+            In next = value;
             if constexpr (j + 1 < to - from) next = load(Index<j + from + 1>{});
             use(Index<j + from>{}, value);
             value = next;
@@ -84,7 +87,7 @@ void depthwise_strip(const BasicDepthwiseArgs<typename V::Elem>& args, int v, in
       }
     });
     if constexpr (cut) unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = total[t]; });
-    if constexpr (V::kScalesAfter) V::finish(acc, d.bias);
+    if constexpr (V::kScalesAfter) V::finish(acc, d.bias, v);
     if (d.act == Act::relu) {
       unroll<T>([&](auto t) MNV4_LAMBDA { acc[t] = V::max(V::zero(), acc[t]); });
     } else if (d.act == Act::relu6) {
@@ -138,14 +141,14 @@ void depthwise_strips(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
   }
   // few columns a strip: of two widths, where that comes out even
   int wide = strips;  // strips of `cols` columns, the others have one less
-  if (V::kScalesAfter && d.cols > most) {
+  if (V::kShortSums && d.cols > most) {
     strips = (d.cols + most - 1) / most, cols = most, wide = d.cols - strips * (most - 1);
     if (wide < 0) wide = strips;
   }
   for (int i = 0; i < strips; ++i) {
-    if (V::kScalesAfter && i == wide) --cols;
+    if (V::kShortSums && i == wide) --cols;
     const int x =
-        !V::kScalesAfter || i < wide ? (i + 1 < strips ? i * cols : d.cols - cols) : d.cols - (strips - i) * cols;
+        !V::kShortSums || i < wide ? (i + 1 < strips ? i * cols : d.cols - cols) : d.cols - (strips - i) * cols;
     // with borders all columns exist
     const int lo = d.width > 0 ? d.left - (d.first_col + x) * S : 0, all = (cols - 1) * S + K,
               hi = d.width > 0 ? lo + d.width : all;

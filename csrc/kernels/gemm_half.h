@@ -256,10 +256,11 @@ MNV4_INLINE HalfFn pick_half(int mr, bool fine, std::integer_sequence<int, M...>
 
 // `n` tiles of mr pixels and nu units
 template <class Cfg, bool Packed>
-void half_run(const BasicGemmArgs<Half>& g, int mr, int nu, const Half* b, const Half* after,
-              const std::ptrdiff_t* a_off, Half* c, const std::ptrdiff_t* c_off, const Half* res,
-              const std::ptrdiff_t* r_off, int n) {
+void run_tiles(const BasicGemmArgs<Half>& g, int mr, int nu, const Half* b, const float* epilogue,
+               const std::ptrdiff_t* a_off, Half* c, const std::ptrdiff_t* c_off, const Half* res,
+               const std::ptrdiff_t* r_off, int n) {
   using V = typename Cfg::V;
+  const Half* after = reinterpret_cast<const Half*>(epilogue);
   const HalfFn fn =
       nu == 1 ? pick_half<V, 1, Packed>(mr, g.fine, std::make_integer_sequence<int, Cfg::kTallRows>{})
               : pick_half<V, Cfg::kWideUnits, Packed>(mr, g.fine, std::make_integer_sequence<int, Cfg::kWideRows>{});
@@ -270,49 +271,4 @@ void half_run(const BasicGemmArgs<Half>& g, int mr, int nu, const Half* b, const
                      res == nullptr ? nullptr : res + r_off[p] + u * g.r_unit);
     }
   }
-}
-
-template <class Cfg, bool Packed>
-void half_units(const BasicGemmArgs<Half>& g, const Strip& s, int pixels, int u, int nu, int max_rows, bool partial) {
-  const Half* b = g.b + u * g.b_unit;
-  const Half* after = reinterpret_cast<const Half*>(g.bias + u * kEpilogue<Half>);
-  Half* c = g.c + u * g.c_unit;
-  const Half* res = g.res != nullptr ? g.res + u * g.r_unit : nullptr;
-  for (int p = 0; p < pixels;) {
-    // equal tiles within a segment: all pixels, or what is left of the row when the stride changes at its end
-    const int left = Packed ? pixels - p : s.left[p], tiles = (left + max_rows - 1) / max_rows;
-    int mr = (left + tiles - 1) / tiles;
-    for (int n = left - (mr - 1) * tiles, rest = tiles - n; n > 0; n = rest, rest = 0, --mr) {
-      if (!partial) {
-        half_run<Cfg, Packed>(g, mr, nu, b, after, s.a + p, c, s.c + p, res, s.r + p, n);
-        p += n * mr;
-        continue;
-      }
-      // the last unit has fewer than 16 channels in C: tiles in scratch, and what exists is copied
-      for (int i = 0; i < n; ++i, p += mr) {
-        alignas(64) Half made[Cfg::kTallRows * kUnit], added[Cfg::kTallRows * kUnit];
-        std::ptrdiff_t off[Cfg::kTallRows];
-        for (int m = 0; m < mr; ++m) {
-          off[m] = m * kUnit;
-          for (int j = 0; j < kUnit; ++j)
-            added[m * kUnit + j] = res != nullptr && j < g.n_last ? res[s.r[p + m] + j] : static_cast<Half>(0.0f);
-        }
-        half_run<Cfg, Packed>(g, mr, 1, b, after, s.a + p, made, off, res != nullptr ? added : nullptr, off, 1);
-        for (int m = 0; m < mr; ++m) {
-          for (int j = 0; j < g.n_last; ++j) c[s.c[p + m] + j] = made[m * kUnit + j];
-        }
-      }
-    }
-  }
-}
-
-template <class Cfg, bool Packed>
-void gemm_strip(const BasicGemmArgs<Half>& g, const Strip& s, int pixels) {
-  const int full = g.n_last == kUnit ? g.units : g.units - 1;
-  int u = 0;
-  if (pixels <= Cfg::kWideRows) {
-    for (; u + Cfg::kWideUnits <= full; u += Cfg::kWideUnits)
-      half_units<Cfg, Packed>(g, s, pixels, u, Cfg::kWideUnits, Cfg::kWideRows, false);
-  }
-  for (; u < g.units; ++u) half_units<Cfg, Packed>(g, s, pixels, u, 1, Cfg::kTallRows, u == full);
 }

@@ -60,6 +60,21 @@ void sum_pixels(const float* src, int pixels, float* dst) {
   }
 }
 
+// The same in fp32 of elements that are narrower.
+template <class V, class E>
+void sum_unit(const E* src, int pixels, float* dst) {
+  using Wide = typename V::Wide;
+  typename Wide::reg s[4];
+  unroll<4>([&](auto i) MNV4_LAMBDA { s[i] = Wide::load(dst + 4 * i); });
+  for (int p = 0; p < pixels; ++p, src += kUnit) {
+    unroll<2>([&](auto i) MNV4_LAMBDA {
+      const typename V::reg v = V::load(src + 8 * i);
+      s[2 * i] = Wide::add(s[2 * i], V::low(v)), s[2 * i + 1] = Wide::add(s[2 * i + 1], V::high(v));
+    });
+  }
+  unroll<4>([&](auto i) MNV4_LAMBDA { Wide::store(dst + 4 * i, s[i]); });
+}
+
 template <class V>
 double fma_burst(int iterations) {
   constexpr int N = 12;

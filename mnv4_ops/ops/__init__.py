@@ -3,7 +3,8 @@
 Opaque to compilers, inference only. `layout` says what `params` and `eps` hold; packed weights are looked up in
 `mnv4_ops.cache`, so nothing that depends on the machine enters a graph or an exported file. Inputs may have any
 strides; outputs are canonical channels_last (`[N, features]` for the head). Input, weights and output have one dtype:
-float32 on the CPU; float16, bfloat16 or float32 on a GPU. `mqa_attention` is of another kind: see `attention`.
+float32 on the CPU, on ARM also float16 and bfloat16; any of them on a GPU. `mqa_attention` is of another kind: see
+`attention`.
 
 On a GPU the ops see running statistics change by their versions. A training-mode forward moves them without one: that
 is noticed for modules that are enabled, otherwise `mnv4_ops.repack()` is needed after it.

@@ -37,8 +37,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, dropout_p: float, is_
         raise _error("dropout_p 0", dropout_p)
     if is_causal:
         raise _error("is_causal False", is_causal)
-    # of the backend where it takes fewer than its blocks do
-    dtypes = getattr(BY_DEVICE.get(q.device.type), "ATTENTION_DTYPES", None) or dtypes_of(q.device)
+    dtypes = dtypes_of(q.device)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise _error(f"{name} with 4 dimensions [batch, heads, rows, channels]", f"shape {tuple(t.shape)}")

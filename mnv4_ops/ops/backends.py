@@ -11,7 +11,6 @@ A backend is a module with
     attention(q, k, v, scale, out)              `mqa_attention` of checked tensors
     statistics(layout, params) -> key           of the contents of all running statistics
     EXACT                                       whether that is cheap enough for every call of a raw op
-    ATTENTION_DTYPES                            optional: the dtypes of `attention`, where they are fewer
     watch(parts) -> () -> key                   the statistics of many (layout, params); only where EXACT
 """
 

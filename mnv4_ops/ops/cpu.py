@@ -13,9 +13,10 @@ from mnv4_ops import _native
 from .layout import PER_STAGE, Layout, Params, empty_output
 
 EXACT = True
-ATTENTION_DTYPES = (torch.float32,)
 
 _CPU = torch.device("cpu")
+# what the native classes of a dtype begin with
+_PREFIX = {torch.float32: "", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
 def unavailable() -> str | None:
@@ -28,12 +29,7 @@ def build(layout: Layout) -> Any:
     core = _native.core
     if core is None:
         raise RuntimeError(f"mnv4::{layout.op}: {unavailable()}")
-    name = layout.native_class
-    if layout.dtype is torch.float16:
-        name = "Half" + name
-        if not hasattr(core, name):
-            raise ValueError(f"mnv4::{layout.op}: expected float32, there are no float16 kernels of this op on the CPU")
-    return getattr(core, name)(**dict(layout.native))
+    return getattr(core, _PREFIX[layout.dtype or torch.float32] + layout.native_class)(**dict(layout.native))
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -79,12 +75,15 @@ def runner(native: Any, layout: Layout) -> Callable[[Tensor], Tensor]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-    """softmax(scale q k^T) v of checked tensors [B, heads, rows, channels]."""
+    """softmax(scale q k^T) v of checked tensors [B, heads, rows, channels]; those of 16 bits are copied to float32."""
     core = _native.core
     assert core is not None
-    tensors = [argument for t in (q, k, v, out) for argument in (t.data_ptr(), t.stride())]
+    wide = [t.float() for t in (q, k, v, out)]
+    tensors = [argument for t in wide for argument in (t.data_ptr(), t.stride())]
     n, heads, nq, key_dim = q.shape
     core.attention(*tensors, n, heads, nq, k.shape[2], key_dim, v.shape[3], scale, torch.get_num_threads())
+    if wide[3] is not out:
+        out.copy_(wide[3])
 
 
 def statistics(layout: Layout, params: Params) -> Any:
@@ -112,9 +111,8 @@ class Program:
     def __init__(self, parts: Sequence[tuple[Any, Layout]]) -> None:
         assert _native.core is not None
         self.natives = tuple(native for native, _ in parts)
-        half = any(layout.dtype is torch.float16 for _, layout in parts)
-        self.dtype = torch.float16 if half else torch.float32
-        self.native = getattr(_native.core, "HalfProgram" if half else "Program")(list(self.natives))
+        self.dtype = next((layout.dtype for _, layout in parts if layout.dtype is not None), torch.float32)
+        self.native = getattr(_native.core, _PREFIX[self.dtype] + "Program")(list(self.natives))
         self.c_in = parts[0][1].c_in
         self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
 

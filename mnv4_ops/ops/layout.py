@@ -39,15 +39,18 @@ NATIVE_STAGE = {"start": 0, "expand": 1, "mid": 2, "project": 3, "feat": 0, "hid
 NATIVE_STAGE |= {name: i for i, name in enumerate(STAGES["mobile_mqa"])}
 
 
-def _half_on_cpu() -> bool:
-    """Whether the machine has fp16 arithmetic, and MNV4_OPS_CPU_ISA asks for no tier without it."""
+# beside float32, by tier: MNV4_OPS_CPU_ISA may ask for one that has less than the machine
+_HALF = {"neon_fp16": (torch.float16,), "neon_bf16": (torch.float16, torch.bfloat16)}
+
+
+def _half_on_cpu() -> tuple[torch.dtype, ...]:
     core = _native.core
-    return core is not None and hasattr(core, "HalfBlock") and core.cpu_info()["tier"] == "neon_fp16"
+    return _HALF.get(core.cpu_info()["tier"], ()) if core is not None else ()
 
 
 # by type of device; fake tensors have the device that they stand for
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": (torch.float32, torch.float16) if _half_on_cpu() else (torch.float32,),
+    "cpu": (torch.float32, *_half_on_cpu()),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
     "meta": (torch.float16, torch.bfloat16, torch.float32),
 }
