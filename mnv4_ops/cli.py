@@ -209,7 +209,8 @@ def bench(
         schema = op_run.SCHEMA if single else report.SCHEMA if device == "cpu" else gpu_report.SCHEMA
         environment = machine.environment if device == "cpu" else gpu_run.environment
         old = earlier(keep, json_file, schema, environment)
-        if single and json_file != Path("-"):
+        # a run may be cut off: what it has is on disk after each row or cell
+        if (single or device == "cuda") and json_file != Path("-"):
             measure = partial(measure, save=lambda document: keep_part(document, json_file, old))
         outcome = measure(plan, console_for(json_file))
     except BenchError as error:

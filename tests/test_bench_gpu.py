@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import standin
 import torch
+from typer.testing import CliRunner
 
 from mnv4_ops import _native, check, check_gpu, tuning
 from mnv4_ops.bench import gpu, gpu_clock, gpu_report, gpu_run
 from mnv4_ops.bench.errors import BenchError
+from mnv4_ops.cli import app
 from mnv4_ops.ops import cuda
 from mnv4_ops.spec import ConvSpec, HeadSpec, UIBSpec
 
@@ -89,6 +91,45 @@ def test_reports() -> None:
     gpu_report.cell_table(cells[0])
     assert any("left out" in note for note in gpu_report.cell_notes(cells[0]))
     assert len(gpu_report.summary(cells)) == 3
+
+
+def test_a_sitting_that_is_cut_off_leaves_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any (model, batch) by itself; what is measured is on disk before the next begins, and joins what was there."""
+    from mnv4_ops.bench import inputs
+    from mnv4_ops.bench import run as cpu_run
+
+    environment = {"gpu": {"name": "x"}, "date": "2026-11-29T00:00:00", "commit": "abc", "packages": {}, "cpu": {}}
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(inputs, "fetch_weights", lambda model: "random")
+    monkeypatch.setattr(gpu_run, "environment", lambda: environment)
+    file, text = tmp_path / "gpu.json", tmp_path / "gpu.md"
+
+    def on_disk() -> list[tuple[str, int]]:
+        if not file.is_file():
+            return []
+        return [(cell["model"], cell["batch"]) for cell in json.loads(file.read_text())["cells"]]
+
+    before: list[Any] = []
+
+    def run_cell(task: Any, request: gpu.GpuRequest, *rest: Any, **more: Any) -> dict[str, Any]:
+        before.append(on_disk())
+        if request.batch == 256:
+            raise RuntimeError("out of memory")
+        return _cell(request.batch) | {"model": request.model}
+
+    monkeypatch.setattr(cpu_run, "run_cell", run_cell)
+    common = ["bench", "--device", "cuda", "--keep", "--json", str(file), "--markdown", str(text)]
+
+    def bench(model: str, batch: str) -> int:
+        return CliRunner().invoke(app, [*common, "--model", model, "--batch", batch]).exit_code
+
+    assert bench("hybrid_medium", "64,1,256,8") == 2
+    medium = [("mobilenetv4_hybrid_medium", n) for n in (64, 1)]
+    assert before == [[], medium[:1], medium]
+    assert on_disk() == medium
+    assert bench("hybrid_large", "64") == 0
+    assert on_disk() == [*medium, ("mobilenetv4_hybrid_large", 64)]
+    assert "hybrid_large 224" in text.read_text()
 
 
 @needs_native
@@ -293,10 +334,7 @@ def test_reasons_for_no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_info_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 
-    from typer.testing import CliRunner
-
     from mnv4_ops import _info
-    from mnv4_ops.cli import app
 
     monkeypatch.setenv("MNV4_OPS_CACHE", str(tmp_path))
     found = types.SimpleNamespace(

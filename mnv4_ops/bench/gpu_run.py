@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +75,14 @@ def environment() -> dict[str, Any]:
     return {**machine.environment(), "gpu": next(iter(_info.gpus()), None)}
 
 
-def models(plan: GpuPlan, console: Console) -> Outcome:
-    """One table per cell and a summary. `ok` is False when a gate was red or the enabled model could not run."""
+def models(plan: GpuPlan, console: Console, save: Callable[[dict[str, Any]], None] | None = None) -> Outcome:
+    """One table per cell and a summary; `save` gets the document after each cell. `ok` is False when a gate was red or
+    the enabled model could not run.
+    """
     notes = cpu_run.weights(plan.models, console)
     threads = len(machine.available_cpus())
     cells: list[dict[str, Any]] = []
+    document = gpu_report.document(environment(), _METHOD, cells)
     for model, dtype, batch in plan.cells():
         request = gpu.GpuRequest(
             model, batch, dtype, plan.resolution, plan.image, plan.chosen(), notes[model], plan.rounds, plan.seconds
@@ -89,6 +93,8 @@ def models(plan: GpuPlan, console: Console) -> Outcome:
         except RuntimeError as error:
             raise BenchError(f"{title}: the measuring process failed: {str(error).splitlines()[-1]}") from error
         cells.append(result)
+        if save is not None:
+            save(document)
         if result["red"]:
             console.print(f"[bold red]red[/]: {gpu_report.title(result)}: {result['red']}; no speed is shown")
             continue
@@ -99,5 +105,4 @@ def models(plan: GpuPlan, console: Console) -> Outcome:
     for view in gpu_report.summary(cells):
         console.print()
         console.print(view)
-    document = gpu_report.document(environment(), _METHOD, cells)
     return Outcome(document, gpu_report.markdown(document), all(not cell["red"] for cell in cells))
