@@ -84,3 +84,23 @@ def test_addresses_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert C.link(natives, x.contiguous(), 0) is None
     plans[1].ready = False
     assert C.link(natives, x, 0) is None
+
+
+def test_small_kernels_of_one_image_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mnv4_ops.triton_kernels import build
+
+    block = Block(
+        c_in=64, c_mid=128, c_out=64, dtype=torch.float16, device="cpu", expand=True, mid_kernel=3, project=True
+    )
+
+    def early(n: int, side: int) -> list[bool]:
+        launches = block.plan(n, side, side, block.choose(n, side, side)).launches
+        assert all(set(launch._options) <= {"num_warps", "num_stages", "maxnreg", "launch_pdl"} for launch in launches)
+        return [launch._options.get("launch_pdl", False) for launch in launches]
+
+    # no such GPU here
+    assert not any(early(1, 8))
+    monkeypatch.setattr(build, "dependent_programs", lambda: 132)
+    assert all(early(1, 8))
+    assert not any(early(2, 8))
+    assert not any(early(1, 200))

@@ -165,7 +165,7 @@ def test_tables_are_well_formed() -> None:
 MEASURED = {
     "nvidia_h100_80gb_hbm3": {"float16": (("conv_small", "conv_medium", "conv_large", "hybrid_medium"), True)},
     "nvidia_h200": {
-        "float16": (("hybrid_medium", "hybrid_large"), False),
+        "float16": (("hybrid_medium", "hybrid_large"), True),
         "bfloat16": (tuple(MODELS), False),
         "float32": (tuple(MODELS), False),
         "float32_tf32": (tuple(MODELS), False),

@@ -142,6 +142,19 @@ def test_a_choice_of_another_size_gets_its_keys() -> None:
     with pytest.raises(ValueError, match="two stages"):
         runner.plan(256, 16, 16, {**choice, "ops": [choice["ops"][0], {**whole, "stages": 1}]})
     assert mqa_config.fitted(choice, 64 * 64, 32 * 32) is None
+    # more keys take the place of a third stage
+    deep = {**choice, "ops": [choice["ops"][0], {**whole, "stages": 3}]}
+    for side, keys, stages in ((16, 8, 3), (24, 12, 2)):
+        found = mqa_config.fitted(deep, side * side, keys * keys)
+        assert found is not None
+        assert found["ops"][1]["stages"] == stages
+
+
+def test_pieces_of_keys_without_a_mask() -> None:
+    from mnv4_ops.triton_kernels.attention_op import full_pieces
+
+    sizes = ((64, 0, 64), (64, 0, 49), (128, 32, 144), (128, 32, 160), (128, 32, 100), (64, 0, 65))
+    assert [full_pieces(*size) for size in sizes] == [1, 0, 1, 2, 0, 0]
 
 
 class TestOnGpu:

@@ -259,6 +259,8 @@ def special_values(device: str) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
+    # the reference on a GPU
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
     failed = 0
     only = sys.argv[2] if len(sys.argv) > 2 else None

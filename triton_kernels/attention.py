@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, rounded
+from .common import begin, clear_counters, rounded
 
 
 @triton.jit
@@ -39,15 +39,18 @@ def _product(b_a, b_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scores(b_q, b_k, i_n, N, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """q k^T, [BLOCK_P, BLOCK_N] fp32, -inf beyond N; `b_q` and `b_k` are tuples of pieces of the channels.
+def scores(b_q, b_k, i_n, N, BLOCK_N: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
+    """q k^T, [BLOCK_P, BLOCK_N] fp32, -inf beyond N (unless FULL: there is nothing beyond).
 
+    `b_q` and `b_k` are tuples of pieces of the channels.
     The sums of the pieces meet in an fma: a plain addition the compiler makes the start of the next product's chain.
     """
     b_s = _product(b_q[0], tl.trans(b_k[0]), PRECISION)
     for t in tl.static_range(1, len(b_q)):
         b_s = tl.fma(b_s, 1.0, _product(b_q[t], tl.trans(b_k[t]), PRECISION))
-    return tl.where((i_n + tl.arange(0, BLOCK_N) < N)[None, :], b_s, float("-inf"))
+    if not FULL:
+        b_s = tl.where((i_n + tl.arange(0, BLOCK_N) < N)[None, :], b_s, float("-inf"))
+    return b_s
 
 
 @triton.jit
@@ -67,24 +70,25 @@ def attend(
     scale,  # > 0, times log2(e)
     KEYS0: tl.constexpr,
     KEYS1: tl.constexpr,
+    FULL: tl.constexpr,  # of the pieces of keys, how many have no key beyond N
     PRECISION: tl.constexpr,
 ):
     """softmax(q k^T scale) v of all keys at once, [BLOCK_P, DVP] fp32."""
-    b_s0 = scores(b_q, b_k0, 0, N, KEYS0, PRECISION)
+    b_s0 = scores(b_q, b_k0, 0, N, KEYS0, FULL > 0, PRECISION)
     b_m = tl.max(b_s0, 1)
     if KEYS1 > 0:
-        b_s1 = scores(b_q, b_k1, KEYS0, N, KEYS1, PRECISION)
+        b_s1 = scores(b_q, b_k1, KEYS0, N, KEYS1, FULL > 1, PRECISION)
         b_m = tl.maximum(b_m, tl.max(b_s1, 1))
     b_m = finite_max(b_m) * scale
-    b_p0 = tl.exp2(b_s0 * scale - b_m[:, None])
+    b_p0 = tl.exp2(tl.fma(b_s0, scale, -b_m[:, None]))
     b_l = tl.sum(b_p0, 1)
     b_o = _product(b_p0.to(b_v0.dtype), b_v0, PRECISION)
     if KEYS1 > 0:
-        b_p1 = tl.exp2(b_s1 * scale - b_m[:, None])
+        b_p1 = tl.exp2(tl.fma(b_s1, scale, -b_m[:, None]))
         b_l += tl.sum(b_p1, 1)
         b_p1 = rounded(b_p1.to(b_v1.dtype), PRECISION)
         b_o = tl.dot(b_p1, rounded(b_v1, PRECISION), b_o, input_precision=PRECISION)
-    return b_o / b_l[:, None]
+    return b_o * (1.0 / b_l)[:, None]
 
 
 @triton.jit
@@ -115,7 +119,7 @@ def attend_online(
     for i_n in tl.range(0, N, KEYS, num_stages=STAGES):
         b_k = load_pieces(p_k, i_n, N, S_KN, S_KD, DK, DKP, KEYS, PIECE)
         b_v = load_rows(p_v, i_n, N, S_VN, S_VD, DV, DVP, KEYS)
-        b_s = scores(b_q, b_k, i_n, N, KEYS, PRECISION)
+        b_s = scores(b_q, b_k, i_n, N, KEYS, False, PRECISION)
         b_next = tl.maximum(b_m, tl.max(b_s, 1))
         b_top = finite_max(b_next) * scale
         b_p = tl.exp2(b_s * scale - b_top[:, None])
@@ -163,6 +167,7 @@ def attention_kernel(
     BLOCK_P: tl.constexpr,
     KEYS0: tl.constexpr,
     KEYS1: tl.constexpr,
+    FULL: tl.constexpr,
     ONLINE: tl.constexpr,
     PIECE: tl.constexpr,  # channels of queries and keys in one product
     PRECISION: tl.constexpr,
@@ -170,6 +175,7 @@ def attention_kernel(
     STAGES: tl.constexpr,
 ):
     """One tile of rows of one image."""
+    begin()
     i_t = tl.program_id(0)
     clear_counters(counters_next, i_t, ZERO)
     i_b, i_r = (i_t // TILES).to(tl.int64), i_t % TILES
@@ -196,7 +202,7 @@ def attention_kernel(
         if KEYS1 > 0:
             b_k1 = load_pieces(p_k, KEYS0, NK, S_KN, S_KD, DK, DKP, KEYS1, PIECE)
             b_v1 = load_rows(p_v, KEYS0, NK, S_VN, S_VD, DV, DVP, KEYS1)
-        b_o = attend(b_q, b_k0, b_v0, b_k1, b_v1, NK, scale, KEYS0, KEYS1, PRECISION)
+        b_o = attend(b_q, b_k0, b_v0, b_k1, b_v1, NK, scale, KEYS0, KEYS1, FULL, PRECISION)
     o_v = tl.arange(0, DVP)
     m_o = m_r
     if DV < DVP:

@@ -99,6 +99,11 @@ def _shared(name: str, t: Tensor) -> tuple[Any, tuple[int, ...]]:
     return (name, 0, t.dtype), (b, row, channel)
 
 
+def full_pieces(keys0: int, keys1: int, nk: int) -> int:
+    """Of the pieces of keys that are met at once, how many are full; 0 where there are more keys."""
+    return 0 if keys0 + keys1 < nk else (nk >= keys0) + (keys1 > 0 and nk == keys0 + keys1)
+
+
 def build_attention(
     cfg: Config,
     precision: str,
@@ -123,9 +128,10 @@ def build_attention(
     for name, values, letters in (("Q", q[1], "BOID"), ("K", k[1], "BND"), ("V", v[1], "BND"), ("O", out[1], "BOID")):
         strides |= {f"S_{name}{letter}": value for letter, value in zip(letters, values, strict=True)}
     tiles = -(-rows // cfg["p"])
+    at_once = cfg["keys0"] + cfg["keys1"]
     constants = {
         "DK": dims[0], "DKP": dims[1], "DV": dims[2], "DVP": dims[3], "BLOCK_P": cfg["p"], "KEYS0": cfg["keys0"],
-        "KEYS1": cfg["keys1"], "ONLINE": cfg["keys0"] + cfg["keys1"] < nk,
+        "KEYS1": cfg["keys1"], "FULL": full_pieces(cfg["keys0"], cfg["keys1"], nk), "ONLINE": at_once < nk,
         # outside of the tensor cores short chains: torch's products have them too
         "PIECE": 16 if q[0][2] == torch.float32 and precision == "ieee" else dims[1], "PRECISION": precision, "ZERO": 0,
         "STAGES": cfg["stages"],

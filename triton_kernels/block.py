@@ -370,7 +370,7 @@ class Block(_Runner):
                         )
                     )  # fmt: skip
                     source = target
-                scratch = max(scratch, _link(built, tail, launches))
+                scratch = max(scratch, _link(built, tail, launches, n))
             return launches, scratch
 
         step = choice.get("chunk") or n
@@ -384,8 +384,11 @@ class Block(_Runner):
             step = -(-step // 2)
 
 
-def _link(built: list[Build], tail: int, launches: list[Launch]) -> int:
-    """Places partial sums, counters and strips behind `tail`; each kernel zeroes the next one's counters. The end."""
+def _link(built: list[Build], tail: int, launches: list[Launch], images: int) -> int:
+    """Places partial sums, counters and strips behind `tail`; each kernel zeroes the next one's counters. The end.
+
+    The kernels of one image may start early, see `dependent_programs`.
+    """
     end = tail
     for i, b in enumerate(built):
         if b.split > 1 and i == 0:
@@ -402,7 +405,7 @@ def _link(built: list[Build], tail: int, launches: list[Launch]) -> int:
     for i, b in enumerate(built):
         following = built[i + 1] if i + 1 < len(built) else None
         zero = following.zero if following is not None and following.split > 1 else 0
-        launches.append(b.launch(offsets[i], offsets[i + 1][1] if zero else None, zero))
+        launches.append(b.launch(offsets[i], offsets[i + 1][1] if zero else None, zero, early=images == 1))
     return end + longest
 
 
@@ -507,7 +510,7 @@ class Head(_Runner):
                 )
             )  # fmt: skip
         launches: list[Launch] = []
-        return Plan(launches, _link(built, tail, launches), choice)
+        return Plan(launches, _link(built, tail, launches, n), choice)
 
 
 __all__ = ["Block", "Head", "OutOfResources", "interpreted"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from .dense import dense_kernel
 from .depthwise import depthwise_kernel
 from .expand import expand_kernel, ffn_kernel
 from .head import pool_kernel
-from .launch import Launch
+from .launch import Launch, dependent_programs
 from .plan import Op, Packed
 from .pointwise import pointwise_kernel
 from .vector import vector_kernel
@@ -28,7 +29,7 @@ class Build:
         addresses: Callable[[Any, Any, Any, Any], list[Any]],
         scalars: dict[str, Any],
         constants: dict[str, Any],
-        options: dict[str, int],
+        options: dict[str, Any],
         dummy: Any,
         split: int = 1,
         tile: int = 0,
@@ -64,7 +65,8 @@ class Build:
         self.split = self.constants["SPLIT"] = 1
         self.grid = (*self.grid[:2], 1)
 
-    def launch(self, places: tuple[int, int, int], next_counters: int | None, zero: int) -> Launch:
+    def launch(self, places: tuple[int, int, int], next_counters: int | None, zero: int, early: bool = False) -> Launch:
+        """`early`: may start before the kernel before it has ended, if it is small enough."""
         import torch
 
         split = self.split > 1
@@ -76,9 +78,10 @@ class Build:
             self.constants["ZERO"] = zero
         elif zero:
             raise AssertionError("a kernel that cannot zero counters comes before a split one")
+        early = early and math.prod(self.grid) <= dependent_programs()
         return Launch(
             self.kernel, self.grid, self.addresses(partial, counters, following, strips),
-            self.scalars, self.constants, self.options,
+            self.scalars, self.constants, self.options | ({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 

@@ -105,6 +105,9 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
             out.append({**out[-1], "stages": 4})
         if op.c_out >= 256:
             out.append({**base, "j": 128, "k": k, "n0": 128, "n1": 0, "warps": 4})
+            # small tiles, several programs on a multiprocessor: one computes while another loads and stores
+            out += [{**base, "j": 64, "k": k, "n0": 128, "n1": 0, "warps": 4, "stages": stages} for stages in (3, 4)]
+            out.append({**base, "j": 128, "k": min(k, 32), "n0": 64 if few else 128, "n1": 0, "warps": 4})
     if large:
         return out
     if op.kernel:

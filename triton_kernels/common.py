@@ -9,6 +9,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from .launch import dependent_programs
+
+DEPENDENT = tl.constexpr(dependent_programs() > 0)
+
+
+@triton.jit
+def begin():
+    """First in every kernel: with programmatic dependent launch it may start while the kernel before comes to its end.
+    Waits until that one has ended and what it wrote can be seen, and lets the next one start.
+    """
+    if DEPENDENT:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

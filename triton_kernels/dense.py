@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, hidden_tile, rounded, store_tile
+from .common import begin, clear_counters, hidden_tile, rounded, store_tile
 from .pointwise import RUNTIME
 
 
@@ -57,6 +57,7 @@ def dense_kernel(
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    begin()
     DTYPE: tl.constexpr = w.dtype.element_ty
     i_t, i_mb = tl.program_id(0), tl.program_id(1)
     clear_counters(counters_next, i_t + i_mb, ZERO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, depthwise_tile, tile_columns, tile_pixels
+from .common import begin, clear_counters, depthwise_tile, tile_columns, tile_pixels
 from .pointwise import RUNTIME
 
 
@@ -35,6 +35,7 @@ def depthwise_kernel(
     UNROLL: tl.constexpr,
     ZERO: tl.constexpr,
 ):
+    begin()
     i_t, i_k = tl.program_id(0), tl.program_id(1) * BLOCK_K
     clear_counters(counters_next, i_t + i_k, ZERO)
     n_g = (HO + ROWS - 1) // ROWS

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, depthwise_tile, hidden_tile, rounded, store_tile, tile_columns, tile_pixels
+from .common import begin, clear_counters, depthwise_tile, hidden_tile, rounded, store_tile, tile_columns, tile_pixels
 from .pointwise import RUNTIME
 
 
@@ -105,6 +105,7 @@ def expand_kernel(
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    begin()
     DTYPE: tl.constexpr = w.dtype.element_ty
     i_t, i_nb = tl.program_id(0), tl.program_id(1)
     clear_counters(counters_next, i_t + i_nb, ZERO)
@@ -161,6 +162,7 @@ def ffn_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    begin()
     BLOCK_P: tl.constexpr = ROWS * BLOCK_J
     DTYPE: tl.constexpr = w_expand.dtype.element_ty
     i_t = tl.program_id(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import affine_act, clear_counters, rounded
+from .common import affine_act, begin, clear_counters, rounded
 
 
 @triton.jit(do_not_specialize=("PIXELS",))
@@ -28,6 +28,7 @@ def pool_kernel(
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    begin()
     i_b, i_n = tl.program_id(0), tl.program_id(1) * BLOCK_N
     clear_counters(counters_next, i_b + i_n, ZERO)
     o_n = i_n + tl.arange(0, BLOCK_N)

@@ -7,6 +7,8 @@ must keep the 16-byte alignment that they had when the kernel was compiled.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +19,16 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["Arg", "Launch", "OutOfResources", "current_device", "current_stream", "direct", "interpreted"]
+__all__ = [
+    "Arg",
+    "Launch",
+    "OutOfResources",
+    "current_device",
+    "current_stream",
+    "dependent_programs",
+    "direct",
+    "interpreted",
+]
 
 # (name of a tensor of the call, offset in bytes, dtype), or a tensor that lives as long as the plan
 Arg = "Tensor | tuple[str, int, torch.dtype]"
@@ -26,6 +37,21 @@ Arg = "Tensor | tuple[str, int, torch.dtype]"
 def interpreted() -> bool:
     """Whether kernels run in the interpreter (TRITON_INTERPRET=1 before the kernels were imported)."""
     return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def dependent_programs() -> int:
+    """Of how many programs a kernel of one image may be that is started before the one before it has ended
+    (programmatic dependent launch, see `common.begin`); 0 without. NVIDIA GPUs from compute capability 9.0 on, if all
+    are; MNV4_OPS_DEPENDENT_LAUNCH=0 forbids it. Kernels with more to do lose by it: their programs crowd where the
+    last ones of the kernel before have left room.
+    """
+    if interpreted() or torch.version.cuda is None:
+        return 0
+    count = torch.cuda.device_count()
+    if count == 0 or any(torch.cuda.get_device_capability(i) < (9, 0) for i in range(count)):
+        return 0
+    return int(os.environ.get("MNV4_OPS_DEPENDENT_LAUNCH", "144"))
 
 
 def current_stream(device: int) -> int:
@@ -64,7 +90,7 @@ class Launch:
         addresses: Sequence[Any],
         scalars: dict[str, Any],
         constants: dict[str, Any],
-        options: dict[str, int],
+        options: dict[str, Any],
     ) -> None:
         self._kernel, self._grid = kernel, grid
         self._plain = tuple(addresses)

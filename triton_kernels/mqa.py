@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .attention import attend, load_rows
-from .common import clear_counters, rounded, store_tile
+from .common import begin, clear_counters, rounded, store_tile
 
 
 @triton.jit
@@ -290,6 +290,7 @@ def mqa_project_kernel(
     STAGES: tl.constexpr,
 ):
     """Tiles of keys and values, then tiles of queries."""
+    begin()
     i_t = tl.program_id(0)
     clear_counters(counters_next, i_t, ZERO)
     if QUERIES:
@@ -320,6 +321,15 @@ def _own_head(b_tiles, p_w, NP: tl.constexpr, BLOCK_K: tl.constexpr, DP: tl.cons
             rounded(b_tiles[t], PRECISION), tl.load(p_w + t * BLOCK_K * NP), b_acc, input_precision=PRECISION
         )
     return b_acc
+
+
+@triton.jit
+def _anew(b, OPAQUE: tl.constexpr):
+    """The same values, of which the compiler does not know that they are; no instruction."""
+    if OPAQUE:
+        PACK: tl.constexpr = 32 // b.dtype.primitive_bitwidth
+        b = tl.inline_asm_elementwise("", "=r,0", [b], dtype=b.dtype, is_pure=True, pack=PACK)
+    return b
 
 
 @triton.jit(do_not_specialize=("TILES", "NQ", "NK"))
@@ -357,12 +367,15 @@ def mqa_kernel(
     KEYS0: tl.constexpr,
     KEYS1: tl.constexpr,
     SHARE: tl.constexpr,  # heads of one program
+    FULL: tl.constexpr,  # of the pieces of keys, how many have no key beyond NK
+    OPAQUE: tl.constexpr,  # see `_anew`
     AFFINE: tl.constexpr,
     PRECISION: tl.constexpr,
     ATTENTION: tl.constexpr,  # precision of the products of attention
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    begin()
     DTYPE: tl.constexpr = w.dtype.element_ty
     KV: tl.constexpr = DKP + DVP
     i_t, i_s = tl.program_id(0), tl.program_id(1)
@@ -399,7 +412,7 @@ def mqa_kernel(
     for i_h in tl.range(i_s * SHARE, min((i_s + 1) * SHARE, HEADS), num_stages=STAGES):
         b_q = _own_head(b_tiles, w + i_h * DKP, NP, BLOCK_K, DKP, PRECISION)
         b_q = _shifted(b_q, affine, i_h * DKP + tl.arange(0, DKP), NP, AFFINE).to(DTYPE)
-        b_o = attend((b_q,), (b_k0,), b_v0, (b_k1,), b_v1, NK, scale, KEYS0, KEYS1, ATTENTION)
+        b_o = attend((b_q,), (b_k0,), b_v0, (b_k1,), b_v1, NK, scale, KEYS0, KEYS1, FULL, ATTENTION)
         b_o = b_o.to(DTYPE)  # [BLOCK_P, DVP]
         if PROJECT:
             b_o = rounded(b_o, PRECISION)
@@ -409,10 +422,15 @@ def mqa_kernel(
             if BLOCK_N1 > 0:
                 b_w1 = tl.load(p_w + BLOCK_N0 + tl.arange(0, BLOCK_N1)[None, :])
                 b_acc1 = tl.dot(b_o, b_w1, b_acc1, input_precision=PRECISION)
+            # a product that is still in flight in the next turn makes ptxas wait for every single one
+            b_acc0, b_acc1 = _anew(b_acc0, OPAQUE), _anew(b_acc1, OPAQUE)
         else:
             p_o = out + o_p[:, None] * (HEADS * DVP) + i_h * DVP + tl.arange(0, DVP)[None, :]
             tl.store(p_o, b_o, mask=m_p[:, None])
     if PROJECT:
+        # not kept over the loop
+        o_in = i_t % TILES * BLOCK_P + _anew(tl.arange(0, BLOCK_P), OPAQUE)
+        m_p, o_p = o_in < NQ, i_b * NQ + o_in
         store_tile(b_acc0, affine_out, x, out, o_p, m_p, 0, N, NP_OUT, BLOCK_N0, "none", RESIDUAL)
         if BLOCK_N1 > 0:
             store_tile(b_acc1, affine_out, x, out, o_p, m_p, BLOCK_N0, N, NP_OUT, BLOCK_N1, "none", RESIDUAL)
@@ -447,6 +465,7 @@ def mqa_output_kernel(
     PRECISION: tl.constexpr,
 ):
     """Bilinear up-sampling -> 1x1 -> layer scale [-> residual]."""
+    begin()
     DTYPE: tl.constexpr = w.dtype.element_ty
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < J

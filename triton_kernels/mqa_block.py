@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import mqa_config
-from .attention_op import build_attention
+from .attention_op import build_attention, full_pieces
 from .block import LINEAR_TF32, Plan, _check, _link, _positive, _Runner
 from .build import Build, build_op, options, pad_before
 from .config import Config
-from .launch import Launch, OutOfResources
+from .launch import Launch, OutOfResources, interpreted
 from .mqa import mqa_kernel, mqa_output_kernel, mqa_project_kernel
 from .plan import K_PAD, Op, Packed, batch_norm_affine, round_up
 
@@ -282,7 +282,7 @@ class MobileMQA(_Runner):
                 packed = {OUTPUT: self.w_out}
                 built.append(build_op(self.op, dict(cfg), packed, "symmetric", precision, n, hq, wq, o, x, out, None))
         launches: list[Launch] = []
-        scratch = _link(built, tail, launches)
+        scratch = _link(built, tail, launches, n)
         return _Plan(launches, scratch, choice, mqa_config.small(self, n, h, w))
 
     def _project(self, cfg: Config, precision: str, n: int, h: int, w: int, x: Any, kv: Any, q: Any) -> Build:
@@ -331,8 +331,9 @@ class MobileMQA(_Runner):
             "HEADS": self.heads, **self._dims(), "INLINE": inline, "PROJECT": not share,
             "RESIDUAL": self.native["residual"], "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"],
             "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "KEYS0": keys0, "KEYS1": keys1,
-            "SHARE": heads, "AFFINE": any(self._affine.values()), "PRECISION": precision, "ATTENTION": attention,
-            "ZERO": 0, "STAGES": cfg["stages"],
+            "SHARE": heads, "FULL": full_pieces(keys0, keys1, nk), "OPAQUE": not interpreted(),
+            "AFFINE": any(self._affine.values()), "PRECISION": precision, "ATTENTION": attention, "ZERO": 0,
+            "STAGES": cfg["stages"],
         }  # fmt: skip
         scalars = {"TILES": tiles, "NQ": nq, "NK": nk, "scale": self.native["key_dim"] ** -0.5 * LOG2_E}
         return Build(

@@ -120,7 +120,9 @@ def fitted(choice: Config, nq: int, nk: int) -> Config | None:
         elif cfg["path"] == "mqa":
             if nk > MAX_KEYS:
                 return None
-            found = {**cfg, **keys(nk)}
+            # more keys in shared memory may leave no room for three stages
+            deep = cfg["keys0"] + cfg["keys1"] >= nk
+            found = {**cfg, **keys(nk), "stages": cfg["stages"] if deep else 2}
         elif cfg["path"] == "attention" and cfg["keys1"] and cfg["keys0"] + cfg["keys1"] < nk:
             found = {**cfg, **keys(nk)}
         ops.append(found)

@@ -32,28 +32,33 @@ def _ops(runner: MobileMQA, lists: list[list[Config]]) -> tuple[Op, ...]:
 def _projections(runner: MobileMQA, pixels: int, queries: int, sms: int) -> list[Config]:
     k = mqa_config.step(runner.c)
     out: list[Config] = []
-    if runner.down:
-        tiles = [(16, k, 4), (16, 32, 2), (16, 32, 4)] if pixels < sms * 16 else [(16, k, 4), (32, 32, 4), (32, k, 8)]
-        tiles += [(64, 32, 8)] if pixels >= sms * 48 else []
+    if runner.down and pixels < sms * 16:
+        tiles = [(16, 32, 4), (16, 64, 4), (16, 64, 8), (16, 128, 8), (16, 128, 16), (16, 256, 8)]
+    elif runner.down:
+        tiles = [(16, 32, 4), (16, 64, 8), (32, 64, 4), (32, 128, 8), (64, 32, 8), (64, 64, 8), (64, 128, 8)]
+        tiles += [(128, 32, 8), (128, 64, 8)] if pixels >= sms * 128 else []
     else:
         tiles = [(16, k, 4), (32, k, 4)] if pixels < sms * 32 else [(32, k, 4), (64, k, 4), (128, k, 8)]
     for p, kk, warps in tiles:
         out.append(mqa_config.project(p, kk, warps=warps, stages=1 if runner.down else 3))
+    if runner.down and pixels >= sms * 16:
+        # more programs on a multiprocessor for fewer registers
+        out += [{**out[0], "regs": 96}, {**out[1], "regs": 128}]
     if not queries:
         return out
     # queries have their own tiles in the same kernel; the other ones are what they were made for
-    large = queries >= sms * 32
+    large = queries >= sms * 16
     wide, p = [(16, 32, 4), (16, 64, 4), (32, 64, 4)], 16
+    steps = [k, 128, 256]
     if large:
-        wide, p = [(128, 128, 8), (128, 256, 8), (64, 128, 4), (64, 256, 4)], 64
-    return [
-        mqa_config.project(min(p, 32) if runner.down else p, k, q=1, pq=pq, n=n, warps=warps, stages=3)
-        for pq, n, warps in wide
-    ]
+        wide, p, steps = [(128, 128, 4), (128, 256, 8), (64, 128, 4), (64, 256, 4)], 64, [k]
+    p = min(p, 32) if runner.down else p
+    tiles = [(kk, *tile, stages) for kk in steps for tile in wide for stages in ((3, 4) if large else (3,))]
+    return [mqa_config.project(p, kk, q=1, pq=pq, n=n, warps=warps, stages=s) for kk, pq, n, warps, s in tiles]
 
 
 def _attending(runner: MobileMQA, nq: int, nk: int, pixels: int, sms: int) -> list[Config]:
-    """Tiles of `mqa_kernel` with the output projection in it. No loop over the heads of one stage: see `_Plan`."""
+    """Tiles of `mqa_kernel` with the output projection in it. No loop over the heads of one stage: see `mqa_config`."""
     n0, n1 = pieces(runner.c)
     k = mqa_config.step(runner.c)
     base = {"path": "mqa", "inline": 0, "k": k, **mqa_config.keys(nk), "n0": n0, "n1": n1, "share": 0}
@@ -65,7 +70,7 @@ def _attending(runner: MobileMQA, nq: int, nk: int, pixels: int, sms: int) -> li
             tiles += [(32, 4), (32, 8)]
     else:
         tiles = [(16, 4), (16, 8), (32, 4)]
-    return [{**base, "p": p, "warps": warps, "stages": 2} for p, warps in tiles]
+    return [{**base, "p": p, "warps": warps, "stages": stages} for p, warps in tiles for stages in (2, 3)]
 
 
 def _alone(runner: MobileMQA, nk: int, pixels: int, sms: int) -> list[Config]:
@@ -106,7 +111,7 @@ def variants(runner: MobileMQA, n: int, h: int, w: int, tf32: int, sms: int) -> 
             ways.append([projections[0], whole])
             if not runner.down and nq <= 64:
                 inline = {**whole[0], "inline": 1, "p": max(16, next_pow2(nq)), "keys0": 0, "keys1": 0}
-                ways.append([[{**inline, "warps": warps} for warps in (4, 8)]])
+                ways.append([[{**inline, "warps": warps, "stages": stages} for warps in (4, 8) for stages in (2, 3)]])
         if pixels < sms * 16:
             ways.append([projections[0], _shares(runner, nk), last])
     for way in ways:

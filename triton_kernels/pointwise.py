@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, depthwise_tile, rounded, store_tile, tile_columns, tile_pixels
+from .common import begin, clear_counters, depthwise_tile, rounded, store_tile, tile_columns, tile_pixels
 
 RUNTIME = ("J", "H", "W", "HO", "WO", "PAD_Y", "PAD_X")
 
@@ -60,6 +60,7 @@ def pointwise_kernel(
     ZERO: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    begin()
     BLOCK_P: tl.constexpr = ROWS * BLOCK_J
     BLOCK_N: tl.constexpr = BLOCK_N0 + BLOCK_N1
     DTYPE: tl.constexpr = w.dtype.element_ty

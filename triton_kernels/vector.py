@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import clear_counters, store_tile
+from .common import begin, clear_counters, store_tile
 
 
 @triton.jit(do_not_specialize=("J",))
@@ -30,6 +30,7 @@ def vector_kernel(
     BLOCK_N: tl.constexpr,
     ZERO: tl.constexpr,
 ):
+    begin()
     i_p, i_n = tl.program_id(0), tl.program_id(1) * BLOCK_N
     clear_counters(counters_next, i_p + i_n, ZERO)
     o_k = tl.arange(0, BLOCK_K)
