@@ -82,12 +82,20 @@
                  [list] "+&r"(list)                                                                              \
                : [a0] "r"(a0), [a1] "r"(a1), [step] "r"(step), [s1] "r"(s1), [s2] "r"(s2), MNV4_READ(a)          \
                : MNV4_TEMPORARY)
-#define MNV4_SINGLES(MR)                                                                                          \
+#define MNV4_SINGLES(where, MR)                                                                                   \
   if constexpr (rows == MR)                                                                                       \
-  asm volatile(MNV4_LOOP(MNV4_ZERO_##MR, MNV4_THREE(MNV4_EACH_##MR))                                              \
+  asm volatile(MNV4_LOOP(MNV4_ZERO_##MR, MNV4_THREE(MNV4_##where##_##MR))                                         \
                : MNV4_SUMS_##MR, [off] "=&r"(off), [b] "+&r"(b), [n] "+&r"(n), [list] "+&r"(list)                 \
                : [m0] "r"(m0), [m1] "r"(m1), [m2] "r"(m2), [m3] "r"(m3), [m4] "r"(m4), [m5] "r"(m5), MNV4_READ(a) \
                : MNV4_TEMPORARY)
+
+#define MNV4_ALL(walk, where) \
+  MNV4_##walk(where, 1);      \
+  MNV4_##walk(where, 2);      \
+  MNV4_##walk(where, 3);      \
+  MNV4_##walk(where, 4);      \
+  MNV4_##walk(where, 5);      \
+  MNV4_##walk(where, 6)
 
 // Variables of their own, since an array whose elements an asm changes stays in memory.
 #define MNV4_DECLARE reg c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11
@@ -114,19 +122,9 @@ static MNV4_INLINE void strided_terms(reg (&acc)[N], const float* a, std::ptrdif
   apart *= sizeof(float);
   MNV4_DECLARE;
   if constexpr (Near) {
-    MNV4_STRIDED(NEAR, 1);
-    MNV4_STRIDED(NEAR, 2);
-    MNV4_STRIDED(NEAR, 3);
-    MNV4_STRIDED(NEAR, 4);
-    MNV4_STRIDED(NEAR, 5);
-    MNV4_STRIDED(NEAR, 6);
+    MNV4_ALL(STRIDED, NEAR);
   } else {
-    MNV4_STRIDED(FAR, 1);
-    MNV4_STRIDED(FAR, 2);
-    MNV4_STRIDED(FAR, 3);
-    MNV4_STRIDED(FAR, 4);
-    MNV4_STRIDED(FAR, 5);
-    MNV4_STRIDED(FAR, 6);
+    MNV4_ALL(STRIDED, FAR);
   }
   MNV4_RESULT;
 }
@@ -140,19 +138,9 @@ static MNV4_INLINE void listed_terms(reg (&acc)[N], const float* a, std::ptrdiff
   const std::ptrdiff_t s1 = pix, s2 = 2 * pix;
   MNV4_DECLARE;
   if constexpr (Near) {
-    MNV4_LISTED(NEAR, 1);
-    MNV4_LISTED(NEAR, 2);
-    MNV4_LISTED(NEAR, 3);
-    MNV4_LISTED(NEAR, 4);
-    MNV4_LISTED(NEAR, 5);
-    MNV4_LISTED(NEAR, 6);
+    MNV4_ALL(LISTED, NEAR);
   } else {
-    MNV4_LISTED(FAR, 1);
-    MNV4_LISTED(FAR, 2);
-    MNV4_LISTED(FAR, 3);
-    MNV4_LISTED(FAR, 4);
-    MNV4_LISTED(FAR, 5);
-    MNV4_LISTED(FAR, 6);
+    MNV4_ALL(LISTED, FAR);
   }
   MNV4_RESULT;
 }
@@ -164,11 +152,6 @@ static MNV4_INLINE void single_terms(reg (&acc)[N], const float* a, std::ptrdiff
   const float *m0 = a, *m1 = a + pix, *m2 = m1 + pix, *m3 = m2 + pix, *m4 = m3 + pix, *m5 = m4 + pix;
   std::ptrdiff_t off;
   MNV4_DECLARE;
-  MNV4_SINGLES(1);
-  MNV4_SINGLES(2);
-  MNV4_SINGLES(3);
-  MNV4_SINGLES(4);
-  MNV4_SINGLES(5);
-  MNV4_SINGLES(6);
+  MNV4_ALL(SINGLES, EACH);
   MNV4_RESULT;
 }

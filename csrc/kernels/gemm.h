@@ -195,16 +195,22 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
   int turn = 0;
   Walk walk = Walk::other;
   if constexpr (HasTerms<V>) walk = nu == 1 ? walk_of(g) : Walk::other;
-  // one tile: pixels from p on
+  // `count` tiles of hand-written loops, pixels from p on, where this product has them
+  auto by_hand = [&](int mr, int p, int count, float* to, const std::ptrdiff_t* c_off, const float* r,
+                     const std::ptrdiff_t* r_off, const char* fetch, std::ptrdiff_t fetch_bytes) {
+    if constexpr (HasTerms<V>) {
+      if (walk == Walk::other) return false;
+      const TermTilesFn fn = pick_term_tiles<V, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
+      fn(g, walk, Tiles{b, bias, to, r, s.a + p, c_off, r_off, fetch, 2 * step, fetch_bytes, count});
+      return true;
+    }
+    return false;
+  };
+  // one tile of any kind
   auto tile = [&](int mr, int p, float* to, const std::ptrdiff_t* c_off, const float* r, const std::ptrdiff_t* r_off) {
     const char* fetch = round + turn * next.unit * static_cast<std::ptrdiff_t>(sizeof(float));
     if (++turn == nu) turn = 0, round += round_bytes;
-    if constexpr (HasTerms<V>) {
-      if (walk != Walk::other) {
-        const TermTilesFn fn = pick_term_tiles<V, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
-        return fn(g, walk, Tiles{b, bias, to, r, s.a + p, c_off, r_off, fetch, 2 * step, 0, 1});
-      }
-    }
+    if (by_hand(mr, p, 1, to, c_off, r, r_off, fetch, 0)) return;
     find_tile<Cfg, Packed>(mr, nu)(g, b, bias, s.a + p, to, c_off, r, r_off, fetch, step);
   };
   for (int p = 0; p < pixels;) {
@@ -212,13 +218,9 @@ void gemm_units(const GemmArgs& g, const Strip& s, int pixels, int u, int nu, in
     const int left = Packed ? pixels - p : s.left[p], tiles = (left + max_rows - 1) / max_rows;
     int mr = (left + tiles - 1) / tiles;
     for (int n = left - (mr - 1) * tiles, rest = tiles - n; n > 0; n = rest, rest = 0, --mr) {
-      if constexpr (HasTerms<V>) {
-        if (walk != Walk::other && !partial && g.act != Act::gelu) {
-          const TermTilesFn fn = pick_term_tiles<V, Packed>(mr, std::make_integer_sequence<int, Cfg::kTallRows>{});
-          fn(g, walk, Tiles{b, bias, c, res, s.a + p, s.c + p, s.r + p, round, 2 * step, round_bytes, n});
-          p += n * mr, round += n * round_bytes;
-          continue;
-        }
+      if (!partial && g.act != Act::gelu && by_hand(mr, p, n, c, s.c + p, res, s.r + p, round, round_bytes)) {
+        p += n * mr, round += n * round_bytes;
+        continue;
       }
       for (int i = 0; i < n; ++i, p += mr) {
         if (!partial) {
