@@ -24,7 +24,6 @@ struct Vec256 {
   static MNV4_INLINE reg max(reg bound, reg x) { return _mm256_max_ps(bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return _mm256_min_ps(bound, x); }
   static MNV4_INLINE reg abs(reg x) { return _mm256_andnot_ps(set(-0.0f), x); }
-  static MNV4_INLINE reg copysign(reg mag, reg sign) { return _mm256_or_ps(mag, _mm256_and_ps(set(-0.0f), sign)); }
   // the last bits moved to where the exponent is
   static MNV4_INLINE reg as_exponent(reg x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));

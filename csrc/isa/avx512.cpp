@@ -23,11 +23,6 @@ struct Vec512 {
   static MNV4_INLINE reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static MNV4_INLINE reg max(reg bound, reg x) { return _mm512_max_ps(bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return _mm512_min_ps(bound, x); }
-  static MNV4_INLINE reg abs(reg x) { return _mm512_andnot_ps(set(-0.0f), x); }
-  static MNV4_INLINE reg copysign(reg mag, reg sign) { return _mm512_or_ps(mag, _mm512_and_ps(set(-0.0f), sign)); }
-  static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
-  }
   // x - floor(x), 0 for infinities; a * 2^floor(x) without overflow in between
   static constexpr bool kScales = true;
   static MNV4_INLINE reg fraction(reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }

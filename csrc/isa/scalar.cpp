@@ -30,9 +30,6 @@ struct Vec4 {
   static MNV4_INLINE reg max(reg bound, reg x) { return pick(bound > x, bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return pick(bound < x, bound, x); }
   static MNV4_INLINE reg abs(reg x) { return as_float(as_int(x) & 0x7fffffff); }
-  static MNV4_INLINE reg copysign(reg mag, reg sign) {
-    return as_float(as_int(mag) | (as_int(sign) & static_cast<std::int32_t>(0x80000000u)));
-  }
   // the last bits moved to where the exponent is
   static MNV4_INLINE reg as_exponent(reg x) { return as_float(as_int(x) << 23); }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return pick(a > b, yes, no); }

@@ -62,7 +62,6 @@ struct VecNeon {
   static MNV4_INLINE reg max(reg bound, reg x) { return vmaxq_f32(bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return vminq_f32(bound, x); }
   static MNV4_INLINE reg abs(reg x) { return vabsq_f32(x); }
-  static MNV4_INLINE reg copysign(reg mag, reg sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, mag); }
   // the last bits moved to where the exponent is
   static MNV4_INLINE reg as_exponent(reg x) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23)); }
   static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
