@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,7 +152,11 @@ def bench(
     ] = None,
     limit: Annotated[
         str | None,
-        typer.Option(metavar="N", help="On a GPU, of --ops and --blocks: no row begins after N seconds."),
+        typer.Option(
+            metavar="N",
+            help="Of --ops (on a GPU also --blocks): no row begins after N seconds; with --keep those that the file "
+            "lacks come first.",
+        ),
     ] = None,
     device: Device = "cpu",
     dtype: Annotated[
@@ -174,7 +179,7 @@ def bench(
     check_writable("--markdown", markdown)
     only_gpu = {} if ops else {"dtype": ("cuda", dtype)}
     single = bool(ops) or (blocks and device == "cuda")
-    device_of(device, threads=("cpu", threads), limit=("cuda", limit), **only_gpu)
+    device_of(device, threads=("cpu", threads), **only_gpu)
     for option, given in (("--ops", ops), ("--keep", keep)):
         if given and blocks and device == "cpu":
             raise fail(f"{option}: does not go with --blocks")
@@ -209,6 +214,8 @@ def bench(
         schema = op_run.SCHEMA if single else report.SCHEMA if device == "cpu" else gpu_report.SCHEMA
         environment = machine.environment if device == "cpu" else gpu_run.environment
         old = earlier(keep, json_file, schema, environment)
+        if old is not None and isinstance(plan, op_run.OpsPlan) and allowed is not None:
+            plan = replace(plan, known=frozenset(map(op_run.key, old["rows"])))
         # a run may be cut off: what it has is on disk after each row or cell
         if (single or device == "cuda") and json_file != Path("-"):
             measure = partial(measure, save=lambda document: keep_part(document, json_file, old))

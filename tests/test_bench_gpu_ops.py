@@ -16,7 +16,19 @@ from isolate_helpers import say
 from typer.testing import CliRunner
 
 from mnv4_ops import _native
-from mnv4_ops.bench import ceilings, gpu_clock, gpu_mqa, isolate, machine, op_gpu, op_run, ops, page_report, rows
+from mnv4_ops.bench import (
+    ceilings,
+    gpu_clock,
+    gpu_mqa,
+    isolate,
+    machine,
+    op_gpu,
+    op_run,
+    ops,
+    page_files,
+    page_report,
+    rows,
+)
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.cli import app
 from mnv4_ops.spec import MODELS, ledger
@@ -277,7 +289,9 @@ def test_the_command(on_the_host: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     _, _, sections = page_report.build(tmp_path)
     (made,) = (section for section in sections if section.title.startswith("Blocks on a GPU"))
-    assert [table.columns[3] for table in made.tables] == ["MB"] * len(made.tables)
+    against, *others = made.tables
+    assert against.columns == ("op", "rows", page_files.LABELS["compile_graph"])
+    assert [table.columns[3] for table in others] == ["MB"] * len(others)
 
 
 def test_sums_of_whole_models_and_what_is_left() -> None:

@@ -132,9 +132,10 @@ def test_a_red_outcome_is_written_and_counts(tmp_path: Path) -> None:
 
 def test_what_one_sitting_had_no_time_for() -> None:
     row = _row("ib", "a", 1, 0.5)
-    old = _ops(1, 1.0, 1, row) | {"not_measured": ["ib b, batch 1, float32", "ib c, batch 1, float32"]}
-    new = _ops(1, 1.0, 1, _row("ib", "b", 1, 0.5)) | {"not_measured": ["ffn d, batch 1, float32"]}
+    b, c, d = (f"{name}, batch 1, 1 thread, float32" for name in ("ib b", "ib c", "ffn d"))
+    old = _ops(1, 1.0, 1, row) | {"not_measured": [b, c]}
+    new = _ops(1, 1.0, 1, _row("ib", "b", 1, 0.5)) | {"not_measured": [d]}
     document, text = join.joined(old, new)
-    assert document["not_measured"] == ["ib c, batch 1, float32", "ffn d, batch 1, float32"]
+    assert document["not_measured"] == [c, d]
     assert "no time for 2 rows: ib c" in text
     assert "not_measured" not in join.joined(_ops(1, 1.0, 1, row), _ops(1, 1.0, 1, row))[0]

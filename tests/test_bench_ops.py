@@ -194,6 +194,7 @@ def test_a_row_without_a_main_peer_is_no_headline(missing: str) -> None:
     row = _row(**times)
     assert not row["headline"]
     assert op_run.cells(row)[-1].text == "1.00x *"
+    assert op_run.cells(row)[-1].mood == "bad"
 
 
 def test_plans_are_checked() -> None:
@@ -205,6 +206,10 @@ def test_plans_are_checked() -> None:
     assert set(on_gpu.chosen()) == {peer.name for peer in rows.peers_of("cuda")} - {"freeze_graph"}
     assert set(rows.HEADLINE["cuda"]) < {peer.name for peer in rows.peers_of("cuda")}
     assert "torch_compile" in op_run.OpsPlan([], [], [], [], [], peers="torch").chosen()
+    more = op_run.OpsPlan([], [], [], [], [], peers="litert,all").chosen()
+    assert more == ("litert", *plan.chosen())
+    with pytest.raises(BenchError, match="--limit: does not go with --processes"):
+        replace(plan, limit=10, processes=2).validate()
     with pytest.raises(BenchError, match="no peer 'cudnn_graph' for ops on cpu"):
         op_run.OpsPlan([], [], [], [], [], peers="cudnn_graph").chosen()
 
@@ -311,6 +316,51 @@ def test_the_command(tmp_path: Path) -> None:
         assert row["headline"] is False
     assert "UIB IB" in result.stdout
     assert "### UIB IB" in text.read_text()
+
+
+@needs_native
+def test_a_sitting_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--limit: what a sitting had no time for is named, and what the file lacks comes first in the next."""
+    file = tmp_path / "ops.json"
+    arguments = ["bench", "--ops", "ib,convnext", "--model", "conv_small", "--resolution", "64", "--threads", "1"]
+    arguments += ["--repeats", "1", "--seconds", "1", "--peers", "torch_eager", "--keep", "--json", str(file)]
+    arguments += ["--markdown", str(tmp_path / "ops.md"), "--limit", "60"]
+    total = sum(len(ops.by_name(name).cases(["conv_small"], 64)) for name in ("ib", "convnext"))
+    seen: list[int] = []
+
+    def here(task: Any, request: Any, *rest: Any, on_event: Any = None) -> Any:
+        def notify(event: dict[str, Any]) -> None:
+            on_event(event)
+            if event["stage"] == "row":
+                # on disk as soon as it is known
+                seen.append(len(json.loads(file.read_text())["rows"]))
+                clock.append(40.0)
+
+        return task(request, notify)
+
+    clock: list[float] = []
+    monkeypatch.setattr(cpu_run, "run_cell", here)
+    monkeypatch.setattr(op_run.time, "time", lambda: sum(clock))
+    monkeypatch.setattr(ceilings, "measure", lambda threads, precisions=(): LIMITS)
+    threads = torch.get_num_threads()
+    for sitting in range(1, total // 2 + 1):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        document = json.loads(file.read_text())
+        assert len(document["rows"]) == 2 * sitting
+        assert len(document.get("not_measured", [])) == total - 2 * sitting
+        assert ("no time for" in (tmp_path / "ops.md").read_text()) == (2 * sitting < total)
+    torch.set_num_threads(threads)
+    assert seen == sorted(seen)
+    assert len({op_run.key(row) for row in document["rows"]}) == len(document["rows"])
+
+
+def test_every_peer_has_its_column() -> None:
+    document = {"rows": [_row(mnv4_ops=0.1, xnnpack=0.2, litert=0.1), _row(mnv4_ops=0.1, xnnpack=0.8)]}
+    columns, (ib, everything) = op_run.against_peers(document, {"litert": "LiteRT"})
+    assert columns == ("op", "rows", "xnnpack", "LiteRT")
+    assert [cell.text for cell in ib] == ["UIB IB", "2", "4.00x", "1.00x (1 of 2)"]
+    assert [cell.text for cell in everything] == ["all", "2", "4.00x", "1.00x (1 of 2)"]
 
 
 @pytest.mark.parametrize(

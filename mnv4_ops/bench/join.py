@@ -27,7 +27,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     report.SCHEMA: _Kind("cells", ("model", "resolution", "batch", "threads"), report.markdown),
     gpu_report.SCHEMA: _Kind("cells", ("model", "resolution", "batch", "dtype"), gpu_report.markdown),
-    op_run.SCHEMA: _Kind("rows", ("op", "case", "batch", "threads", "dtype", "device"), op_run.markdown),
+    op_run.SCHEMA: _Kind("rows", op_run.IDENTITY, op_run.markdown),
     pareto.SCHEMA: _Kind("points", ("checkpoint", "measured_resolution"), pareto.markdown),
 }
 

@@ -74,7 +74,11 @@ def commit() -> str | None:
         own = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
         if head.returncode or own.returncode:
             return None
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=30).returncode
+        # results written beside the code change no code
+        code = [":/", ":(top,exclude)benchmarks/results"]
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True, timeout=30
+        ).returncode
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("+" if changed else "")

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mnv4_ops.bench import ceilings, gpu_run, isolate, machine, op_gpu, report, rows
+from mnv4_ops.bench import ceilings, gpu_run, isolate, machine, op_gpu, peers, report, rows
 from mnv4_ops.bench import ops as registry
 from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
@@ -35,10 +35,26 @@ _METHOD = {
 }
 
 
+# what tells a row from the others of a file
+IDENTITY = ("op", "case", "batch", "threads", "dtype", "device")
+Key = tuple[Any, ...]
+
+
+def key(row: Mapping[str, Any]) -> Key:
+    """What a row is of, without its figures."""
+    return tuple(row[name] for name in IDENTITY)
+
+
+def _described(item: op_gpu.Item) -> dict[str, Any]:
+    name, case, setting = item
+    return rows.describe(registry.by_name(name), case, setting)
+
+
 @dataclass(frozen=True)
 class OpsPlan:
     """`models`, `ops` and `peers` as the user wrote them, resolved by `validate`. `blocks` (on a GPU): the blocks of
-    the models that are one of `ops`, not the ops inside of them; `limit` (on a GPU): seconds after which no row begins.
+    the models that are one of `ops`, not the ops inside of them; `limit`: seconds after which no row begins; `known`:
+    rows (`key`) that come after all others, since a file has them.
     """
 
     models: list[str]
@@ -54,6 +70,7 @@ class OpsPlan:
     processes: int = 1
     blocks: bool = False
     limit: float | None = None
+    known: frozenset[Key] = frozenset()
 
     def validate(self) -> None:
         """Raises BenchError for what would only be found out in the middle."""
@@ -67,32 +84,40 @@ class OpsPlan:
                 raise BenchError(f"--device cuda: {reason}")
         for threads in self.threads:
             machine.pick_cpus(threads)
+        if self.limit is not None and self.processes > 1:
+            raise BenchError("--limit: does not go with --processes: one of them may get further than another")
 
-    def todo(self) -> list[op_gpu.Item]:
-        """All rows of a GPU, those of the first model first: what a limit leaves out is of the last."""
+    def todo(self, threads: int = 1) -> list[op_gpu.Item]:
+        """All rows, those that are not `known` first. On a GPU by model: what a limit leaves out is of the last."""
         models = models_of(self.models)
         ops = registry.select(self.ops)
         if self.blocks:
             cases = [(op, case) for op, case in registry.blocks(models, self.resolution) if op in ops]
         else:
             cases = [(op, case) for op in ops for case in op.cases(models, self.resolution)]
-            cases.sort(key=lambda item: models.index(item[1].places[0].split()[0]))
-        return [
-            (op.name, case, rows.Setting(batch, 1, dtype, self.device))
+            if self.device == "cuda":
+                cases.sort(key=lambda item: models.index(item[1].places[0].split()[0]))
+        items = [
+            (op.name, case, rows.Setting(batch, threads, dtype, self.device))
             for op, case in cases
             for dtype in self.dtypes
             for batch in self.batches
         ]
+        return sorted(items, key=lambda item: key(_described(item)) in self.known)
 
     def chosen(self) -> tuple[str, ...]:
         """Names of the peers; `all` leaves out those that take minutes to prepare."""
         here = rows.peers_of(self.device)
         known = [peer.name for peer in here]
-        if self.peers in ("all", "none"):
-            return tuple(peer.name for peer in here if not peer.slow) if self.peers == "all" else ()
+        groups = {
+            "all": [peer.name for peer in here if not peer.slow],
+            "torch": [name for name in known if name.startswith("torch_")],
+        }
+        if self.peers == "none":
+            return ()
         names: list[str] = []
         for name in filter(None, (part.strip() for part in self.peers.split(","))):
-            names += [peer for peer in known if peer.startswith("torch_")] if name == "torch" else [name]
+            names += groups.get(name, [name])
         for name in names:
             if name not in known:
                 have = ", ".join(known)
@@ -102,47 +127,38 @@ class OpsPlan:
 
 @dataclass(frozen=True)
 class OpsRequest:
-    """Everything that one process measures on the CPU."""
+    """What one process measures on the CPU: rows in this order, none begun after `until` (seconds since the epoch)."""
 
-    models: tuple[str, ...]
-    ops: tuple[str, ...]
-    batches: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    threads: int
+    todo: tuple[op_gpu.Item, ...]
     peers: tuple[str, ...]
-    resolution: int | None = None
+    threads: int
     repeats: int = 7
     seconds: float = 1.5
+    until: float = float("inf")
 
 
 def measure_ops(request: OpsRequest, notify: isolate.Notify) -> dict[str, Any]:
-    """Ceilings of the machine and all rows. Meant for a fresh process (`isolate.run`)."""
+    """Ceilings of the machine and all rows; each is an event too. Meant for a fresh process (`isolate.run`)."""
     import torch
 
     torch.set_num_threads(request.threads)
     notify({"stage": "load"})
-    precisions = tuple(dtype for dtype in request.dtypes if dtype != "float32")
-    limits = ceilings.measure(request.threads, precisions=precisions)
-    todo = [
-        (op, case, rows.Setting(batch, request.threads, dtype))
-        for op in registry.select(list(request.ops))
-        for case in op.cases(request.models, request.resolution)
-        for dtype in request.dtypes
-        for batch in request.batches
-    ]
-    measured = []
-    for index, (op, case, setting) in enumerate(todo):
-        notify({"stage": "block", "name": f"{op.name} {case.name}", "done": index, "total": len(todo)})
-        measured.append(
-            rows.measure(
-                op, case, setting, request.peers, repeats=request.repeats, seconds=request.seconds, ceilings=limits
-            )
-        )
+    precisions = dict.fromkeys(setting.dtype for _, _, setting in request.todo if setting.dtype != "float32")
+    limits = ceilings.measure(request.threads, precisions=tuple(precisions))
+    notify({"stage": "ceilings", "ceilings": limits.as_dict()})
+    measured: list[dict[str, Any]] = []
+    for index, (name, case, setting) in enumerate(request.todo):
+        if time.time() > request.until:
+            break
+        notify({"stage": "block", "name": f"{name} {case.name}", "done": index, "total": len(request.todo)})
+        how: dict[str, Any] = {"repeats": request.repeats, "seconds": request.seconds, "ceilings": limits}
+        measured.append(rows.measure(registry.by_name(name), case, setting, request.peers, **how))
+        notify({"stage": "row", "row": measured[-1], "done": index + 1, "total": len(request.todo)})
     return {"ceilings": limits.as_dict(), "rows": measured}
 
 
 def run(plan: OpsPlan, console: Console, save: Callable[[dict[str, Any]], None] | None = None) -> cpu_run.Outcome:
-    """Tables on the console; `ok` is False when a row was red. On a GPU `save` gets the document after each row."""
+    """Tables on the console; `ok` is False when a row was red. `save` gets the document after each row."""
     environment = machine.environment() if plan.device == "cpu" else gpu_run.environment()
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -165,27 +181,42 @@ def run(plan: OpsPlan, console: Console, save: Callable[[dict[str, Any]], None] 
 
 
 def _on_cpu(plan: OpsPlan, console: Console, document: dict[str, Any], save: Any) -> None:
+    end = time.time() + (float("inf") if plan.limit is None else plan.limit)
+    left: list[op_gpu.Item] = []
     for threads in plan.threads:
-        request = OpsRequest(
-            tuple(models_of(plan.models)),
-            tuple(op.name for op in registry.select(plan.ops)),
-            tuple(plan.batches),
-            tuple(plan.dtypes),
-            threads,
-            plan.chosen(),
-            plan.resolution,
-            plan.repeats,
-            plan.seconds,
-        )
-        title = f"ops, {report.threads_text(threads)}"
+        todo = plan.todo(threads)
+        if time.time() > end:
+            left += todo
+            continue
+        request = OpsRequest(tuple(todo), plan.chosen(), threads, plan.repeats, plan.seconds, end)
+        label = f"ops, {report.threads_text(threads)}"
+        before = len(document["rows"])
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["stage"] == "ceilings":
+                document["ceilings"].append(event["ceilings"])
+            elif event["stage"] == "row":
+                document["rows"].append(event["row"])
+                save(document)
+
+        # of several processes the rows are known when all have ended
+        once = on_event if plan.processes == 1 else None
         try:
             runs = range(plan.processes)
-            found = [cpu_run.run_cell(measure_ops, request, title, console, threads) for _ in runs]
+            found = [cpu_run.run_cell(measure_ops, request, label, console, threads, on_event=once) for _ in runs]
         except RuntimeError as error:
-            raise BenchError(f"{title}: the measuring process failed: {str(error).splitlines()[-1]}") from error
-        document["ceilings"].append(found[0]["ceilings"])
-        same = zip(*(result["rows"] for result in found), strict=True)
-        document["rows"] += [cpu_run.middle(list(results), "vs_best_peer") for results in same]
+            raise BenchError(f"{label}: the measuring process failed: {str(error).splitlines()[-1]}") from error
+        if once is None:
+            document["ceilings"].append(found[0]["ceilings"])
+            same = zip(*(result["rows"] for result in found), strict=True)
+            document["rows"] += [cpu_run.middle(list(results), "vs_best_peer") for results in same]
+        left += todo[len(document["rows"]) - before :]
+    _say_left(document, left)
+
+
+def _say_left(document: dict[str, Any], left: list[op_gpu.Item]) -> None:
+    if left:
+        document["not_measured"] = [title(_described(item)) for item in left]
 
 
 def _on_gpu(plan: OpsPlan, console: Console, document: dict[str, Any], save: Any) -> None:
@@ -201,10 +232,7 @@ def _on_gpu(plan: OpsPlan, console: Console, document: dict[str, Any], save: Any
     limits, found, left = op_gpu.collect(
         plan.todo(), plan.chosen(), console, repeats=plan.repeats, seconds=plan.seconds, limit=plan.limit, on_row=fill
     )
-    if left:
-        document["not_measured"] = [
-            title(rows.describe(registry.by_name(op), case, setting)) for op, case, setting in left
-        ]
+    _say_left(document, left)
     fill(limits, found)
 
 
@@ -216,9 +244,13 @@ _GPU_COLUMNS = ("case", "batch", "dtype", "MB", "GFLOP", "mnv4_ops us", "20 - 80
 _COMPILED = "compile_graph"
 
 
+AGAINST_PEERS = "Every peer: its time over that of mnv4_ops (geometric mean of the rows that it ran in)"
+
+
 def title(row: dict[str, Any]) -> str:
     """A row in words, as it stands in `not_measured`."""
-    return f"{row['op']} {row['case']}, batch {row['batch']}, {row['dtype']}"
+    threads = f"{report.threads_text(row['threads'])}, " if row["device"] == "cpu" else ""
+    return f"{row['op']} {row['case']}, batch {row['batch']}, {threads}{row['dtype']}"
 
 
 def columns(found: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -255,11 +287,36 @@ def cells(row: dict[str, Any], labels: Mapping[str, str] | None = None) -> list[
         times.append(_micros(variants.get(_COMPILED, {})))
     name = (labels or {}).get(best, best)
     times.append(Cell(f"{1e3 * variants[best]['median_ms']:.1f} ({name})" if best else ""))
-    return [*head, *times, Cell.ratio(row.get("vs_best_peer"), "" if row["headline"] else " *")]
+    return [*head, *times, Cell.against_best(row.get("vs_best_peer"), row["headline"])]
 
 
 def _micros(facts: dict[str, Any], key: str = "median_ms") -> Cell:
     return Cell.number(1e3 * facts[key] if key in facts else None, ".1f")
+
+
+def against_peers(
+    document: dict[str, Any], labels: Mapping[str, str] | None = None
+) -> tuple[tuple[str, ...], list[list[Cell]]]:
+    """(columns, a row per op): of every peer, its time over ours as a geometric mean of the rows that it ran in; `n of`
+    how many where it did not run in all of them.
+    """
+    good = [row for row in document["rows"] if row["red"] is None]
+    order = [peer.name for peer in (*peers.PEERS, *peers.GPU_PEERS)]
+    names = dict.fromkeys(name for row in good for name in row["variants"] if name != OURS)
+    chosen = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+    sorts = [(label, [row for row in found if row["red"] is None]) for label, found in groups(document)]
+    table = []
+    for label, found in [*sorts, ("all", good)]:
+        if not found:
+            continue
+        cells = [Cell(label), Cell.number(len(found), "d")]
+        for name in chosen:
+            both = [row["variants"] for row in found if name in row["variants"]]
+            ratios = [facts[name]["median_ms"] / facts[OURS]["median_ms"] for facts in both]
+            few = "" if len(ratios) == len(found) else f" ({len(ratios)} of {len(found)})"
+            cells.append(Cell.ratio(geomean(ratios), few) if ratios else Cell(""))
+        table.append(cells)
+    return ("op", "rows", *((labels or {}).get(name, name) for name in chosen)), table
 
 
 def tables(document: dict[str, Any]) -> list[Table]:
@@ -271,6 +328,14 @@ def tables(document: dict[str, Any]) -> list[Table]:
         for row in found:
             texts = (cell.text for cell in cells(row))
             view.add_row(*texts, style="bold red" if row["red"] is not None else None)
+        views.append(view)
+    names, ratios = against_peers(document)
+    if len(names) > 2 and len(ratios) > 1:
+        view = Table(title=AGAINST_PEERS, title_justify="left", title_style="bold")
+        for index, column in enumerate(names):
+            view.add_column(column, justify="left" if index == 0 else "right")
+        for line in ratios:
+            view.add_row(*(cell.text for cell in line))
         views.append(view)
     return views
 
@@ -342,6 +407,10 @@ def markdown(document: dict[str, Any]) -> str:
     text = f"{who}, {env['date'][:10]}, commit {env['commit'] or 'none'}; {packages}. "
     text += "Microseconds per call, interleaved.\n\n"
     text += "".join(f"- {line}\n" for line in notes(document))
+    names, ratios = against_peers(document)
+    if len(names) > 2:
+        text += f"\n### {AGAINST_PEERS}\n\n"
+        text += report.markdown_table(names, [[cell.text for cell in row] for row in ratios])
     for label, found in groups(document):
         texts = [[cell.text for cell in cells(row)] for row in found]
         text += f"\n### {label}\n\n{report.markdown_table(columns(found), texts)}"

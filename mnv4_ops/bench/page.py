@@ -37,6 +37,11 @@ class Cell:
         mood = "good" if value >= 1.005 else "bad" if value < 0.995 else ""
         return cls(f"{value:.2f}x{mark}", value, mood)
 
+    @classmethod
+    def against_best(cls, value: float | None, headline: bool) -> Cell:
+        """The ratio to the best peer: bad news, whatever it is, where a peer is missing that has to be among them."""
+        return cls.ratio(value) if headline or value is None else cls(f"{value:.2f}x *", value, "bad")
+
 
 @dataclass(frozen=True)
 class Table:

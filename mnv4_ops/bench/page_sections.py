@@ -41,7 +41,7 @@ def models(stem: str, document: Document) -> Section:
                 Cell(f"{ours['q20_ms']:.2f} - {ours['q80_ms']:.2f}" if ours else ""),
                 Cell.ratio(found.get("speedup_vs_eager")),
                 Cell(LABELS.get(best, best)),
-                Cell.ratio(found.get("speedup_vs_best_peer"), "" if found["headline"] else " *"),
+                Cell.against_best(found.get("speedup_vs_best_peer"), found["headline"]),
                 Cell.number(None if peak is None else 100 * peak, ".0f", " %"),
             ]
         )
@@ -68,6 +68,8 @@ def ops(stem: str, document: Document) -> Section:
         "GPU: rate of a matrix product) and the bytes of input, weights and output at the measured bandwidth of the "
         "memory that holds them.",
     )
+    names, ratios = op_run.against_peers(document, LABELS)
+    section.tables.append(Table(op_run.AGAINST_PEERS, names, ratios))
     for label, found in op_run.groups(document):
         table = [op_run.cells(row, LABELS) for row in found]
         section.tables.append(Table(label, op_run.columns(found), table))

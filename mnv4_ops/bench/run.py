@@ -72,6 +72,10 @@ def _describe(event: dict[str, Any]) -> str:
         return "timing"
     if event["stage"] == "block":
         return f"block {event['name']}"
+    if event["stage"] == "row":
+        return "next block"
+    if event["stage"] == "ceilings":
+        return "ceilings measured"
     return "loading model and photograph"
 
 
@@ -87,12 +91,24 @@ def middle(found: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return ranked[(len(ranked) - 1) // 2] | {"speedups_of_processes": ratios}
 
 
-def run_cell(task: Any, request: Any, title: str, console: Console, threads: int, compilers: int = 1) -> Any:
-    """`task(request, notify)` in a process of its own, with its progress on the console."""
+def run_cell(
+    task: Any,
+    request: Any,
+    title: str,
+    console: Console,
+    threads: int,
+    compilers: int = 1,
+    on_event: isolate.Notify | None = None,
+) -> Any:
+    """`task(request, notify)` in a process of its own, with its progress on the console; `on_event` gets what it says
+    meanwhile.
+    """
     with _progress(console) as progress:
         bar = progress.add_task(f"{title}: starting", total=None)
 
         def notify(event: dict[str, Any]) -> None:
+            if on_event is not None:
+                on_event(event)
             progress.update(
                 bar,
                 description=f"{title}: {_describe(event)}",
