@@ -162,6 +162,28 @@ def test_the_section_of_a_gpu(tmp_path: Path) -> None:
     assert len(page_gpu.section("m", page_files.load(tmp_path)["mqa_bench"]).tables) == 1
 
 
+@needs_results
+def test_red_cells_of_models_are_seen() -> None:
+    pytest.importorskip("matplotlib")
+    document = json.loads((RESULTS / "x86_avx2.json").read_text())
+    first, second, *_ = document["cells"]
+    first["red"] = "wrong answer"
+    second["headline"] = False
+    section = page_sections.models("x", document)
+    assert section.title.endswith(", avx2")
+    table, every = section.tables
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert [cell.text for cell in table.rows[0]][3:5] == ["red: no speed", ""]
+    assert section.notes[0].startswith("red, no speed: conv_small 224, batch 1")
+    assert section.notes[-1].startswith("* no headline")
+    versus = table.rows[1][table.columns.index("vs best")]
+    assert versus.text.endswith("x *")
+    assert versus.mood == "bad"
+    # what every other peer took, those of some cells alone too
+    assert len(every.rows) == len(document["cells"]) - 1
+    assert {"LiteRT", "ncnn", "torch.compile", "mnv4_ops"} & set(every.columns) >= {"torch.compile", "mnv4_ops"}
+
+
 def test_columns_of_words_are_told_from_numbers() -> None:
     number, words, span = page.Cell.number(1.0, ".1f"), page.Cell("avx512"), page.Cell("1.0 - 2.0")
     assert page.Table("", ("a", "b", "c"), [[number, words, span]]).texts == {1}
@@ -227,6 +249,7 @@ def test_errors_of_the_report(tmp_path: Path) -> None:
 
 def test_moods_of_ratios() -> None:
     assert [page.Cell.ratio(value).mood for value in (1.2, 1.001, 0.998, 0.9)] == ["good", "", "", "bad"]
+    assert [page.Cell.against_best(1.2, found).mood for found in (True, False)] == ["good", "bad"]
     assert page.Cell.ratio(None).text == ""
 
 

@@ -51,10 +51,15 @@ def kind_of(document: Document) -> str | None:
 
 
 def machine_of(document: Document) -> str:
+    """Name of the GPU, or of the CPU and its best instruction set."""
     env = document.get("environment") or {}
     if env.get("gpu"):
         return str(env["gpu"]["name"])
-    return str((env.get("cpu") or {}).get("model") or document.get("device") or document.get("emulator") or "unknown")
+    cpu = env.get("cpu") or {}
+    if "tier" in cpu:
+        # CPUs of two generations may have one name
+        return f"{cpu['model']}, {cpu['tier']}"
+    return str(cpu.get("model") or document.get("device") or document.get("emulator") or "unknown")
 
 
 def section_of(stem: str, document: Document, title: str, intro: str) -> Section:

@@ -79,7 +79,6 @@ def _models(good: Sequence[Document], kind: str, caption: str, labels: dict[str,
     table = []
     for found in good:
         warm, flushed = _medians(found, kind), _medians(found, kind, "cold_median_ms")
-        mark = "" if headline(found) else " *"
         ratios = (found[kind].get(name, {}).get("speedup_vs_best_peer") for name in versus)
         table.append(
             [
@@ -87,7 +86,7 @@ def _models(good: Sequence[Document], kind: str, caption: str, labels: dict[str,
                 Cell(found["dtype"]),
                 Cell.number(found["batch"], "d"),
                 *(Cell.number(warm.get(name), ".3f") for name in seen),
-                *(Cell.ratio(ratio, mark) for ratio in ratios),
+                *(Cell.against_best(ratio, headline(found)) for ratio in ratios),
                 *(Cell.number(flushed.get(name), ".3f") for name in cold),
             ]
         )

@@ -22,7 +22,10 @@ def models(stem: str, document: Document) -> Section:
     )
     good = [found for found in document["cells"] if not found["red"]]
     names, times, table = [], [], []
-    for found in good:
+    for found in document["cells"]:
+        if found["red"]:
+            table.append([*_which(found), Cell("red: no speed", None, "bad"), *[Cell("")] * 9])
+            continue
         variants = found["variants"]
         name = f"{inputs.ledger_name(found['model'])} {found['resolution']}, b{found['batch']}, {found['threads']}t"
         medians = {key: facts["median_ms"] for key, facts in variants.items()}
@@ -33,9 +36,7 @@ def models(stem: str, document: Document) -> Section:
         peak = ours.get("fraction_of_peak")
         table.append(
             [
-                Cell(f"{inputs.ledger_name(found['model'])} {found['resolution']}"),
-                Cell.number(found["batch"], "d"),
-                Cell.number(found["threads"], "d"),
+                *_which(found),
                 *(Cell.number(medians.get(peer), ".2f") for peer in (cell.BASELINE, *cell.HEADLINE_PEERS)),
                 Cell.number(ours.get("median_ms"), ".2f"),
                 Cell(f"{ours['q20_ms']:.2f} - {ours['q80_ms']:.2f}" if ours else ""),
@@ -45,16 +46,39 @@ def models(stem: str, document: Document) -> Section:
                 Cell.number(None if peak is None else 100 * peak, ".0f", " %"),
             ]
         )
-    columns = ("model", "batch", "threads", "torch eager ms", *(LABELS[name] for name in cell.HEADLINE_PEERS),
-               "mnv4_ops ms", "20 - 80 %", "vs eager", "best peer", "vs best", "of FMA peak")  # fmt: skip
+    columns = (*_WHICH, "torch eager ms", *(f"{LABELS[name]} ms" for name in cell.HEADLINE_PEERS), "mnv4_ops ms",
+               "20 - 80 %", "vs eager", "best peer", "vs best", "of FMA peak")  # fmt: skip
     section.tables.append(Table("All cells", columns, table))
     if names:
         figure = page_plots.speedups("Whole models against every variant measured", names, times, LABELS)
         section.pictures.append(
             Picture.of(figure, f"Whole models, {stem}: time of every variant over that of mnv4_ops")
         )
-    section.notes = _left_out(good) + _stars(good)
+        section.tables.append(_every_variant(good))
+    section.notes = [
+        f"red, no speed: {report.title(found)}: {found['red']}" for found in document["cells"] if found["red"]
+    ]
+    section.notes += _left_out(good) + _stars(good)
     return section
+
+
+_WHICH = ("model", "batch", "threads")
+
+
+def _which(found: Document) -> list[Cell]:
+    name = f"{inputs.ledger_name(found['model'])} {found['resolution']}"
+    return [Cell(name), Cell.number(found["batch"], "d"), Cell.number(found["threads"], "d")]
+
+
+def _every_variant(good: list[Document]) -> Table:
+    """Milliseconds of all that was measured; what had no turn in a cell has none."""
+    have = {name for found in good for name in found["variants"]}
+    names = [name for name in (*LABELS, cell.OURS) if name in have]
+    table = []
+    for found in good:
+        medians = (found["variants"].get(name, {}).get("median_ms") for name in names)
+        table.append([*_which(found), *(Cell.number(ms, ".2f") for ms in medians)])
+    return Table("Every variant, median ms", (*_WHICH, *(LABELS.get(name, name) for name in names)), table)
 
 
 def ops(stem: str, document: Document) -> Section:
