@@ -56,7 +56,7 @@ def settings(config: pytest.Config) -> list[rows.Setting]:
 
 
 def peers_of(config: pytest.Config) -> tuple[str, ...]:
-    if config.getoption("--smoke"):
+    if config.getoption("--smoke") and config.getoption("--bench-peers") == "all":
         return _SMOKE_PEERS
     plan = op_run.OpsPlan(
         [], [], [], [], [], str(config.getoption("--bench-device")), config.getoption("--bench-peers")

@@ -110,6 +110,13 @@ def test_bytes_are_input_weights_and_output() -> None:
     assert attention.bytes(case, 1, 4) == 4 * sum(x.numel() for x in attention.example(case, 1)) + 4 * 4 * 256 * 64
 
 
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_modules_are_in_eval_mode_throughout(op: ops.Op) -> None:
+    """A converter that puts the mode of a module back would train its BatchNorms, for all peers after it."""
+    case = op.tiny(op.cases(["conv_medium", "hybrid_large", "conv_small"])[0])
+    assert not any(module.training for module in op.module(case).modules())
+
+
 @needs_native
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
 def test_ours_is_right_in_every_op(op: ops.Op) -> None:
@@ -357,10 +364,12 @@ def test_a_sitting_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_every_peer_has_its_column() -> None:
     document = {"rows": [_row(mnv4_ops=0.1, xnnpack=0.2, litert=0.1), _row(mnv4_ops=0.1, xnnpack=0.8)]}
-    columns, (ib, everything) = op_run.against_peers(document, {"litert": "LiteRT"})
+    columns, (ib,) = op_run.against_peers(document, {"litert": "LiteRT"})
     assert columns == ("op", "rows", "xnnpack", "LiteRT")
     assert [cell.text for cell in ib] == ["UIB IB", "2", "4.00x", "1.00x (1 of 2)"]
-    assert [cell.text for cell in everything] == ["all", "2", "4.00x", "1.00x (1 of 2)"]
+    document["rows"].append(document["rows"][1] | {"op": "head"})
+    *_, everything = op_run.against_peers(document)[1]
+    assert [cell.text for cell in everything] == ["all", "3", "5.04x", "1.00x (1 of 3)"]
 
 
 @pytest.mark.parametrize(
@@ -405,13 +414,14 @@ def test_no_suite_rots(tmp_path: Path) -> None:
 
 
 @needs_native
-def test_slow_peers_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile, LiteRT and ncnn, as far as they are installed: in a row they meet parameters like a user's."""
+@pytest.mark.parametrize("name", ["ib", "depthwise_pointwise"])
+def test_slow_peers_pass_the_gate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that `all` leaves out, torch.jit and ncnn: in a row they meet parameters like a user's."""
     resets: list[int] = []
     reset = torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
     threads = torch.get_num_threads()
-    op, chosen = ops.by_name("ib"), ("torch_compile", "litert", "ncnn")
+    op, chosen = ops.by_name(name), ("torch_compile", "torch_jit_cl", "litert", "ncnn")
     case = op.tiny(op.cases(["conv_small"])[0])
     with torch.inference_mode():
         runs, left_out, _ = rows.prepare(op, case, rows.Setting(), chosen)
@@ -420,5 +430,5 @@ def test_slow_peers_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.prepare(op, case, rows.Setting(), ())
     torch.set_num_threads(threads)
     assert resets
-    assert {"mnv4_ops", "torch_compile"} <= set(runs)
+    assert {"mnv4_ops", "torch_compile", "torch_jit_cl"} <= set(runs)
     assert all("not installed" in reason for reason in left_out.values()), left_out

@@ -62,16 +62,16 @@ def test_every_file_is_a_peer_or_a_helper() -> None:
 
 
 def test_a_new_file_is_a_new_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "abacus.py").write_text(
+    (tmp_path / "sundial.py").write_text(
         "from mnv4_ops.bench.peers.base import Peer\n"
-        "class Abacus(Peer):\n    name = label = 'abacus'\n    requires = ('wood',)\n    install = 'cut a tree'\n"
+        "class Sundial(Peer):\n    name = label = 'sundial'\n    requires = ('daylight',)\n    install = 'a garden'\n"
     )
     monkeypatch.setattr(peers, "__path__", [*peers.__path__, str(tmp_path)])
     try:
-        (found,) = (peer for peer in peers._found() if peer.name == "abacus")
+        (found,) = (peer for peer in peers._found() if peer.name == "sundial")
     finally:
-        sys.modules.pop("mnv4_ops.bench.peers.abacus", None)
-    assert found.available() == "not installed: wood (cut a tree)"
+        sys.modules.pop("mnv4_ops.bench.peers.sundial", None)
+    assert found.available() == "not installed: daylight (a garden)"
     assert found.refuses("float32") is None
     assert found.refuses("float16") == "no float16: computes in float32"
 

@@ -306,7 +306,7 @@ def against_peers(
     chosen = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
     sorts = [(label, [row for row in found if row["red"] is None]) for label, found in groups(document)]
     table = []
-    for label, found in [*sorts, ("all", good)]:
+    for label, found in [*sorts, ("all", good)] if len(sorts) > 1 else sorts:
         if not found:
             continue
         cells = [Cell(label), Cell.number(len(found), "d")]
@@ -330,7 +330,7 @@ def tables(document: dict[str, Any]) -> list[Table]:
             view.add_row(*texts, style="bold red" if row["red"] is not None else None)
         views.append(view)
     names, ratios = against_peers(document)
-    if len(names) > 2 and len(ratios) > 1:
+    if ratios and len(names) > 2:
         view = Table(title=AGAINST_PEERS, title_justify="left", title_style="bold")
         for index, column in enumerate(names):
             view.add_column(column, justify="left" if index == 0 else "right")
@@ -408,7 +408,7 @@ def markdown(document: dict[str, Any]) -> str:
     text += "Microseconds per call, interleaved.\n\n"
     text += "".join(f"- {line}\n" for line in notes(document))
     names, ratios = against_peers(document)
-    if len(names) > 2:
+    if ratios and len(names) > 2:
         text += f"\n### {AGAINST_PEERS}\n\n"
         text += report.markdown_table(names, [[cell.text for cell in row] for row in ratios])
     for label, found in groups(document):

@@ -93,7 +93,8 @@ def ops(stem: str, document: Document) -> Section:
         "memory that holds them.",
     )
     names, ratios = op_run.against_peers(document, LABELS)
-    section.tables.append(Table(op_run.AGAINST_PEERS, names, ratios))
+    if ratios:
+        section.tables.append(Table(op_run.AGAINST_PEERS, names, ratios))
     for label, found in op_run.groups(document):
         table = [op_run.cells(row, LABELS) for row in found]
         section.tables.append(Table(label, op_run.columns(found), table))

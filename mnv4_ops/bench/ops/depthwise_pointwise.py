@@ -54,9 +54,9 @@ class DepthwisePointwise(Op):
         return f"{spec.channels[0]}-{spec.channels[1]} k{spec.depthwise.kernel}{stride} {acts}"
 
     def module(self, case: Case) -> torch.nn.Module:
-        return torch.nn.Sequential(
-            check.random_module(case.spec.depthwise), check.random_module(case.spec.pointwise, 1)
-        )
+        pair = (check.random_module(case.spec.depthwise), check.random_module(case.spec.pointwise, 1))
+        # converters put the mode of the whole back on its children
+        return torch.nn.Sequential(*pair).eval()
 
     def native(self, module: Any, case: Case) -> Any:
         assert _native.core is not None
