@@ -184,7 +184,7 @@ def bench(
         if given and blocks and device == "cpu":
             raise fail(f"{option}: does not go with --blocks")
     if limit is not None and not single:
-        raise fail("--limit: goes with --ops or --blocks")
+        raise fail("--limit: goes with --ops (on a GPU also with --blocks)")
     side = None if resolution is None else number("--resolution", resolution, low=32, high=2048)
     rounds = number("--repeats", repeats, low=1, high=10000)
     allowed = None if limit is None else number("--limit", limit, low=10, high=86400)
