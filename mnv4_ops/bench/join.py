@@ -48,9 +48,8 @@ def earlier(file: Path, schema: str, environment: Document, **same: Any) -> Docu
     pairs |= {key: (document.get(key), value) for key, value in same.items()}
     for key, (old, new) in pairs.items():
         if old != new:
-            raise BenchError(
-                f"--keep: {str(file)!r} was measured with another {key}: {old}, here {new}; name a new file or leave out --keep"
-            )
+            where = f"{str(file)!r} was measured with another {key}: {old}, here {new}"
+            raise BenchError(f"--keep: {where}; name a new file or leave out --keep")
     return document
 
 
