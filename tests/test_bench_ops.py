@@ -362,6 +362,20 @@ def test_a_sitting_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len({op_run.key(row) for row in document["rows"]}) == len(document["rows"])
 
 
+def test_footnotes_say_which_rows_lack_a_peer() -> None:
+    found = [_row(mnv4_ops=0.1, xnnpack=0.2) for _ in range(3)]
+    found[0]["unavailable"] = {"litert": f"{gate.WRONG}: 7 of the allowed error", "ncnn": "not installed"}
+    found[1] |= {
+        "op": "mqa",
+        "unavailable": {"litert": f"{gate.WRONG}: 9 of the allowed error", "ncnn": "not installed"},
+    }
+    found[2]["unavailable"] = {"ncnn": "not installed"}
+    assert op_run.notes({"rows": found, "ceilings": []})[-2:] == [
+        "left out: litert in 2 of 3 rows (UIB IB, Mobile MQA block): wrong answer: 7 of the allowed error",
+        "left out: ncnn in 3 of 3 rows: not installed",
+    ]
+
+
 def test_every_peer_has_its_column() -> None:
     document = {"rows": [_row(mnv4_ops=0.1, xnnpack=0.2, litert=0.1), _row(mnv4_ops=0.1, xnnpack=0.8)]}
     columns, (ib,) = op_run.against_peers(document, {"litert": "LiteRT"})
@@ -369,6 +383,11 @@ def test_every_peer_has_its_column() -> None:
     assert [cell.text for cell in ib] == ["UIB IB", "2", "4.00x", "1.00x (1 of 2)"]
     document["rows"].append(document["rows"][1] | {"op": "head"})
     *_, everything = op_run.against_peers(document)[1]
+    # threads are told apart
+    document["rows"].append(document["rows"][1] | {"threads": 2})
+    assert [row[0].text for row in op_run.against_peers(document)[1]] == [
+        "UIB IB, 1 thread", "UIB IB, 2 threads", "head: 1x1, pool, 1x1, classifier, 1 thread", "all"
+    ]  # fmt: skip
     assert [cell.text for cell in everything] == ["all", "3", "5.04x", "1.00x (1 of 3)"]
 
 

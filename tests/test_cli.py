@@ -323,7 +323,7 @@ NO_GPU = cuda.unavailable() is not None
         (["bench", "--device", "tpu"], ["--device", "'tpu'", "cpu, cuda"]),
         (["bench", "--dtype", "float16"], ["--dtype", "--device cuda"]),
         (["bench", "--device", "cuda", "--threads", "1"], ["--threads", "--device cpu"]),
-        (["bench", "--limit", "60"], ["--limit", "--device cuda"]),
+        (["bench", "--limit", "60"], ["--limit", "--ops"]),
         (["bench", "--device", "cuda", "--limit", "60"], ["--limit", "--blocks"]),
         (["bench", "--device", "cuda", "--blocks", "--limit", "6"], ["--limit", "'6'"]),
         (["bench", "--device", "cuda", "--dtype", "int8"], ["--dtype", "'int8'", "float16"]),

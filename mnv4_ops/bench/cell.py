@@ -135,7 +135,7 @@ def prepare(
     seconds = time.perf_counter() - start
     agreement = gate.compare(output, reference)
     facts = {"error": agreement.error, "top1_equal": agreement.top1, "prepare_s": seconds}
-    return (None, run, facts) if agreement.ok else (f"wrong answer: {agreement}", None, facts)
+    return (None, run, facts) if agreement.ok else (f"{gate.WRONG}: {agreement}", None, facts)
 
 
 def _served(run: Any, example: Any) -> dict[str, Any]:

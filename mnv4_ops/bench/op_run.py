@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mnv4_ops.bench import ceilings, gpu_run, isolate, machine, op_gpu, peers, report, rows
+from mnv4_ops.bench import ceilings, gate, gpu_run, isolate, machine, op_gpu, peers, report, rows
 from mnv4_ops.bench import ops as registry
 from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
@@ -265,6 +265,19 @@ def groups(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(labels.get(name, name), [row for row in document["rows"] if row["op"] == name]) for name in names]
 
 
+def settings(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """`groups`, each by its numbers of threads where the file has several: what means are taken of."""
+    counts = sorted({row["threads"] for row in document["rows"]})
+    if len(counts) < 2:
+        return groups(document)
+    return [
+        (f"{label}, {report.threads_text(count)}", same)
+        for label, found in groups(document)
+        for count in counts
+        if (same := [row for row in found if row["threads"] == count])
+    ]
+
+
 def cells(row: dict[str, Any], labels: Mapping[str, str] | None = None) -> list[Cell]:
     """The cells of a row for `columns`; `labels` name the peers."""
     gpu, variants = row["device"] == "cuda", row["variants"]
@@ -304,7 +317,7 @@ def against_peers(
     order = [peer.name for peer in (*peers.PEERS, *peers.GPU_PEERS)]
     names = dict.fromkeys(name for row in good for name in row["variants"] if name != OURS)
     chosen = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
-    sorts = [(label, [row for row in found if row["red"] is None]) for label, found in groups(document)]
+    sorts = [(label, [row for row in found if row["red"] is None]) for label, found in settings(document)]
     table = []
     for label, found in [*sorts, ("all", good)] if len(sorts) > 1 else sorts:
         if not found:
@@ -343,7 +356,7 @@ def tables(document: dict[str, Any]) -> list[Table]:
 def notes(document: dict[str, Any]) -> list[str]:
     """Lines under the tables: geometric means, ceilings, who was missing."""
     lines = []
-    for label, found in groups(document):
+    for label, found in settings(document):
         ratios = [row["vs_best_peer"] for row in found if row.get("vs_best_peer") and row["headline"]]
         if ratios:
             won = sum(ratio >= 1 for ratio in ratios)
@@ -363,9 +376,25 @@ def notes(document: dict[str, Any]) -> list[str]:
         lines.append(f"the machine was busy during {busy} of {len(document['rows'])} rows: their figures mean little")
     if any(not row["headline"] and row["red"] is None for row in document["rows"]):
         lines.append("* no headline: a peer that it has to be quoted against is missing")
-    reasons = [item for row in document["rows"] for item in row["unavailable"].items()]
-    missing = {(name, reason) for name, reason in reasons if name != OURS}
-    lines += [f"left out: {name}: {reason}" for name, reason in sorted(missing)]
+    return lines + _left_out(document)
+
+
+def _left_out(document: dict[str, Any]) -> list[str]:
+    """Of every peer that some rows lack: why, and which ones; wrong answers are one line, with the first of them."""
+    missing: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
+    for row in document["rows"]:
+        for name, reason in row["unavailable"].items():
+            if name != OURS:
+                kind = gate.WRONG if reason.startswith(gate.WRONG) else reason
+                missing.setdefault((name, kind), []).append((row, reason))
+    labels = {op.name: op.label for op in registry.OPS}
+    lines = []
+    for (name, _), found in sorted(missing.items(), key=lambda item: item[0]):
+        where = f"{len(found)} of {len(document['rows'])} rows"
+        ops = dict.fromkeys(labels.get(row["op"], row["op"]) for row, _ in found)
+        if len(found) < len(document["rows"]):
+            where += f" ({', '.join(ops)})"
+        lines.append(f"left out: {name} in {where}: {found[0][1]}")
     return lines
 
 
@@ -402,7 +431,8 @@ def geomean(values: list[float]) -> float:
 def markdown(document: dict[str, Any]) -> str:
     """All tables, for a file."""
     env = document["environment"]
-    who = (env.get("gpu") or env.get("cpu") or {}).get("name") or (env.get("cpu") or {}).get("model", "unknown CPU")
+    cpu = env.get("cpu") or {}
+    who = (env.get("gpu") or {}).get("name") or f"{cpu.get('model', 'unknown CPU')}, tier {cpu.get('tier', 'none')}"
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
     text = f"{who}, {env['date'][:10]}, commit {env['commit'] or 'none'}; {packages}. "
     text += "Microseconds per call, interleaved.\n\n"

@@ -197,7 +197,7 @@ def summary(documents: dict[str, Document]) -> Section:
         elif kind == "ops":
             groups = [
                 (label, [row["vs_best_peer"] for row in found if row["headline"] and row["red"] is None])
-                for label, found in op_run.groups(document)
+                for label, found in op_run.settings(document)
             ]
         elif kind == "gpu":
             cells = [c for c in document.get("cells", []) if not c.get("red") and page_gpu.headline(c)]

@@ -76,7 +76,7 @@ class _Gate:
             tensor = gate.as_tensor(output, self.plain).to(self.plain.dtype).to(self.plain.device)
             error = max(of_allowed(tensor, self.plain, self.truth)) / (1.0 if ours else PEER_SLACK)
         # written so that NaN fails
-        return error, None if error <= 1 else f"wrong answer: {error:.2g} of the allowed error"
+        return error, None if error <= 1 else f"{gate.WRONG}: {error:.2g} of the allowed error"
 
 
 def prepare(
