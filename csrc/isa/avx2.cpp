@@ -23,16 +23,14 @@ struct Vec256 {
   static MNV4_INLINE reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   static MNV4_INLINE reg max(reg bound, reg x) { return _mm256_max_ps(bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return _mm256_min_ps(bound, x); }
-  static MNV4_INLINE reg abs(reg x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static MNV4_INLINE reg minus_abs(reg x) { return _mm256_or_ps(set(-0.0f), x); }
   // the last bits moved to where the exponent is
   static MNV4_INLINE reg as_exponent(reg x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
   }
-  static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) {
-    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
-  }
   static constexpr bool kScales = false;
   static constexpr bool kLooksUp = false;
+  static constexpr int kGeluStep = 6;  // vectors that a GELU takes together
   static MNV4_INLINE float reduce_max(reg x) {
     const __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));

@@ -30,6 +30,7 @@ struct Vec512 {
   static MNV4_INLINE reg minus_abs(reg x) { return _mm512_or_ps(set(-0.0f), x); }
   // entry of an aligned table of 16 by the last four bits of each index
   static constexpr bool kLooksUp = true;
+  static constexpr int kGeluStep = 1;
   static MNV4_INLINE reg lookup(const float* table, reg index) {
     return _mm512_permutexvar_ps(_mm512_castps_si512(index), _mm512_load_ps(table));
   }

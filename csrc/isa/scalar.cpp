@@ -29,12 +29,12 @@ struct Vec4 {
   // the comparison is false for NaN in x, which then goes through
   static MNV4_INLINE reg max(reg bound, reg x) { return pick(bound > x, bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return pick(bound < x, bound, x); }
-  static MNV4_INLINE reg abs(reg x) { return as_float(as_int(x) & 0x7fffffff); }
+  static MNV4_INLINE reg minus_abs(reg x) { return as_float(as_int(x) | static_cast<std::int32_t>(0x80000000)); }
   // the last bits moved to where the exponent is
   static MNV4_INLINE reg as_exponent(reg x) { return as_float(as_int(x) << 23); }
-  static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return pick(a > b, yes, no); }
   static constexpr bool kScales = false;
   static constexpr bool kLooksUp = false;
+  static constexpr int kGeluStep = 1;
   static MNV4_INLINE float reduce_max(reg x) {
     const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
     return a > b ? a : b;

@@ -61,12 +61,12 @@ struct VecNeon {
   // FMAX and FMIN return NaN when either operand is one
   static MNV4_INLINE reg max(reg bound, reg x) { return vmaxq_f32(bound, x); }
   static MNV4_INLINE reg min(reg bound, reg x) { return vminq_f32(bound, x); }
-  static MNV4_INLINE reg abs(reg x) { return vabsq_f32(x); }
+  static MNV4_INLINE reg minus_abs(reg x) { return vnegq_f32(vabsq_f32(x)); }
   // the last bits moved to where the exponent is
   static MNV4_INLINE reg as_exponent(reg x) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23)); }
-  static MNV4_INLINE reg select_greater(reg a, reg b, reg yes, reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static constexpr bool kScales = false;
   static constexpr bool kLooksUp = false;
+  static constexpr int kGeluStep = 1;
   static MNV4_INLINE float reduce_max(reg x) { return vmaxvq_f32(x); }
   static MNV4_INLINE float reduce_add(reg x) { return vaddvq_f32(x); }
 };

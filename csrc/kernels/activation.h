@@ -41,23 +41,6 @@ MNV4_INLINE typename V::reg exp2_nonpositive(typename V::reg x) {
   }
 }
 
-// Phi(t), t in [-kPhiEnd, 0], as 2^P(t), and 0 at the end and for NaN; absolute error below 4e-8. P: own weighted
-// minimax fit (Lawson iteration).
-constexpr float kPhiEnd = 6.0f;
-template <class V>
-MNV4_INLINE typename V::reg phi_nonpositive(typename V::reg t) {
-  typename V::reg p = V::set(-2.772049356281059e-06f);
-  p = V::fma(p, t, V::set(-3.8620746636297554e-05f));
-  p = V::fma(p, t, V::set(-0.00018254760652780533f));
-  p = V::fma(p, t, V::set(0.0001458701299270615f));
-  p = V::fma(p, t, V::set(0.007075471803545952f));
-  p = V::fma(p, t, V::set(0.05250502750277519f));
-  p = V::fma(p, t, V::set(-0.45920491218566895f));
-  p = V::fma(p, t, V::set(1.1511057615280151f));
-  p = V::fma(p, t, V::set(-1.0f));
-  return V::select_greater(t, V::set(-kPhiEnd), exp2_nonpositive<V>(p), V::zero());
-}
-
 // Phi(t), t <= 0, as a polynomial of the distance to the nearest of the points -i * kPhiStep: [power][i], own minimax
 // fits (Lawson iteration), absolute error below 4e-8, in the tail that of the rounding. At the last point it is 0.
 constexpr float kPhiStep = 0.390625f;
@@ -84,25 +67,85 @@ constexpr float kPhiStep = 0.390625f;
 
 // x * Phi(x), the erf form; NaN stays NaN, +inf stays +inf, -inf gives NaN as in torch (inf * 0).
 template <class V>
-MNV4_INLINE typename V::reg gelu(typename V::reg x) {
+MNV4_INLINE typename V::reg gelu_by_table(typename V::reg x) {
   using reg = typename V::reg;
+  const reg last = V::set(15 * kPhiStep), shift = V::set(12582912.0f);  // 1.5 * 2^23: the last bits of y are i
+  const reg a = V::minus_abs(V::min(last, x));                          // finite for +inf
+  const reg t = V::max(V::set(-15 * kPhiStep), a);
+  const reg y = V::fma(t, V::set(-1 / kPhiStep), shift);
+  const reg r = V::fma(V::sub(y, shift), V::set(kPhiStep), t);
+  reg p = V::lookup(kPhi[5], y);
+  for (int k = 4; k >= 0; --k) p = V::fma(p, r, V::lookup(kPhi[k], y));
+  return V::fma(a, p, relu<V>(x));
+}
+
+// The same, with Phi(t), t <= 0, as 2^P(t). P falls all the way, to where 2^-127 is 0, so that no end is looked for.
+// Absolute error below 2.5e-8 but for rounding; own minimax fits (Lawson iteration): P, 2^r.
+[[maybe_unused]] constexpr float kGelu[] = {
+    -1.902065719e-6f, -2.805694203e-5f, -1.314732363e-4f,
+    2.720757038e-4f,  7.245420944e-3f,  5.262761191e-2f,
+    -4.591621459e-1f, 1.151111007f,     -1.0f,  //
+    1.326472731e-3f,  9.671512991e-3f,  5.550733581e-2f,
+    2.402224243e-1f,  6.931470037e-1f,  1.0f,
+};
+// N vectors in step: a core whose scheduler holds 64 operations does not overlap chains of 25 by itself.
+template <class V, int N>
+MNV4_INLINE void gelu_by_power(typename V::reg (&x)[N]) {
+  using reg = typename V::reg;
+  constexpr float kEnd = 6.0f;
+  const reg shift = V::set(12583039.0f);  // see exp2_nonpositive
+  const float* k = kGelu;
+#if defined(__x86_64__)
+  asm("" : "+r"(k));  // else each call begins with copies of all of them to the stack
+#endif
+  reg a[N], p[N], n[N];
+  const auto each = [](auto f) MNV4_LAMBDA { unroll<N>(f); };
+  const auto next = [&](reg(&sum)[N], const reg(&by)[N], int c) MNV4_LAMBDA {
+    const reg plus = V::set(k[c]);
+    each([&](auto i) MNV4_LAMBDA { sum[i] = V::fma(sum[i], by[i], plus); });
+  };
+  each([&](auto i) MNV4_LAMBDA { a[i] = V::minus_abs(V::min(V::set(kEnd), x[i])); });  // finite for +inf
+  each([&](auto i) MNV4_LAMBDA { p[i] = V::set(k[0]); });
+  unroll<8>([&](auto c) MNV4_LAMBDA { next(p, a, 1 + c); });
+  each([&](auto i) MNV4_LAMBDA { p[i] = V::max(V::set(-127.0f), p[i]); });
+  each([&](auto i) MNV4_LAMBDA { n[i] = V::add(p[i], shift); });
+  each([&](auto i) MNV4_LAMBDA { p[i] = V::sub(p[i], V::sub(n[i], shift)); });
+  each([&](auto i) MNV4_LAMBDA { a[i] = V::mul(a[i], V::as_exponent(n[i])); });
+  each([&](auto i) MNV4_LAMBDA { n[i] = V::set(k[9]); });
+  unroll<5>([&](auto c) MNV4_LAMBDA { next(n, p, 10 + c); });
+  each([&](auto i) MNV4_LAMBDA { x[i] = V::fma(a[i], n[i], relu<V>(x[i])); });
+}
+
+template <class V>
+MNV4_INLINE typename V::reg gelu(typename V::reg x) {
   if constexpr (V::kLooksUp) {
-    const reg last = V::set(15 * kPhiStep), shift = V::set(12582912.0f);  // 1.5 * 2^23: the last bits of y are i
-    const reg a = V::minus_abs(V::min(last, x));                          // finite for +inf
-    const reg t = V::max(V::set(-15 * kPhiStep), a);
-    const reg y = V::fma(t, V::set(-1 / kPhiStep), shift);
-    const reg r = V::fma(V::sub(y, shift), V::set(kPhiStep), t);
-    reg p = V::lookup(kPhi[5], y);
-    for (int k = 4; k >= 0; --k) p = V::fma(p, r, V::lookup(kPhi[k], y));
-    return V::fma(a, p, relu<V>(x));
+    return gelu_by_table<V>(x);
   } else {
-    const reg a = V::sub(V::zero(), V::abs(V::min(V::set(kPhiEnd), x)));  // finite for +inf
-    return V::fma(a, phi_nonpositive<V>(V::max(V::set(-kPhiEnd), a)), relu<V>(x));
+    typename V::reg one[1] = {x};
+    gelu_by_power<V>(one);
+    return one[0];
   }
 }
 
-// Applies an activation to `n` floats in place; n is a multiple of the vector width.
+template <class V, int N>
+MNV4_INLINE void gelu_group(float* p) {
+  typename V::reg x[N];
+  unroll<N>([&](auto i) MNV4_LAMBDA { x[i] = V::load(p + i * V::W); });
+  if constexpr (N == 1) {
+    x[0] = gelu<V>(x[0]);
+  } else {
+    gelu_by_power<V>(x);
+  }
+  unroll<N>([&](auto i) MNV4_LAMBDA { V::store(p + i * V::W, x[i]); });
+}
+
+// Applies GELU to `n` floats in place; n is a multiple of the vector width, of two where V::kGeluStep > 1.
 template <class V>
 void gelu_inplace(float* p, int n) {
-  for (int i = 0; i < n; i += V::W) V::store(p + i, gelu<V>(V::load(p + i)));
+  constexpr int many = V::kGeluStep, few = many > 1 ? 2 : 1;
+  const float* end = p + n;
+  for (; end - p >= many * V::W; p += many * V::W) gelu_group<V, many>(p);
+  if constexpr (few < many) {
+    for (; p < end; p += few * V::W) gelu_group<V, few>(p);
+  }
 }
