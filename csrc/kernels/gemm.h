@@ -102,18 +102,18 @@ void gemm_tile(const GemmArgs& g, const float* b, const float* bias, const std::
 template <class V>
 void gelu_tile(const GemmArgs& g, int mr, int nu, float* c, const std::ptrdiff_t* c_off, const float* res,
                const std::ptrdiff_t* r_off) {
-  if (res == nullptr && c_off[mr - 1] - c_off[0] == (mr - 1) * kUnit) {
-    for (int j = 0; j < nu; ++j) gelu_inplace<V>(c + c_off[0] + j * g.c_unit, mr * kUnit);
-    return;
-  }
-  for (int m = 0; m < mr; ++m) {
-    for (int j = 0; j < nu; ++j) {
-      float* p = c + c_off[m] + j * g.c_unit;
-      for (int i = 0; i < kUnit; i += V::W) {
-        typename V::reg v = gelu<V>(V::load(p + i));
-        if (res != nullptr) v = V::add(v, V::load(res + r_off[m] + j * g.r_unit + i));
-        V::store(p + i, v);
-      }
+  const bool near = c_off[mr - 1] - c_off[0] == (mr - 1) * kUnit;
+  for (int j = 0; j < nu; ++j) {
+    float* to = c + j * g.c_unit;
+    if (near) {
+      gelu_inplace<V>(to + c_off[0], mr * kUnit);
+    } else {
+      for (int m = 0; m < mr; ++m) gelu_inplace<V>(to + c_off[m], kUnit);
+    }
+    for (int m = 0; res != nullptr && m < mr; ++m) {
+      float* p = to + c_off[m];
+      const float* r = res + r_off[m] + j * g.r_unit;
+      for (int i = 0; i < kUnit; i += V::W) V::store(p + i, V::add(V::load(p + i), V::load(r + i)));
     }
   }
 }
