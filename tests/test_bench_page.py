@@ -23,6 +23,7 @@ from mnv4_ops.bench import (
     page,
     page_files,
     page_gpu,
+    page_plots,
     page_report,
     page_sections,
     pareto,
@@ -387,3 +388,12 @@ def test_compare_command(tmp_path: Path) -> None:
         result = runner.invoke(app, ["compare", *arguments])
         assert result.exit_code == 2
         assert part in result.stderr
+
+
+def test_no_two_variants_look_alike() -> None:
+    pytest.importorskip("matplotlib")
+    names = [f"peer {index}" for index in range(20)]
+    figure = page_plots.speedups("all", ["row"], [{"mnv4_ops": 1.0} | dict.fromkeys(names, 2.0)], {})
+    spots = figure.axes[0].collections
+    looks = {(spot.get_facecolor().tobytes(), spot.get_paths()[0].vertices.tobytes()) for spot in spots}
+    assert len(spots) == len(looks) == len(names)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mnv4_ops.bench import ceilings, gate, gpu_run, isolate, machine, op_gpu, peers, report, rows
+from mnv4_ops.bench import ceilings, gate, gpu_run, isolate, machine, op_gpu, report, rows
 from mnv4_ops.bench import ops as registry
 from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
@@ -310,13 +310,17 @@ def _micros(facts: dict[str, Any], key: str = "median_ms") -> Cell:
 def against_peers(
     document: dict[str, Any], labels: Mapping[str, str] | None = None
 ) -> tuple[tuple[str, ...], list[list[Cell]]]:
-    """(columns, a row per op): of every peer, its time over ours as a geometric mean of the rows that it ran in; `n of`
-    how many where it did not run in all of them.
+    """(columns, a row per op): of every peer, the fastest first, its time over ours as a geometric mean of the rows
+    that it ran in; `n of` how many where it did not run in all of them.
     """
     good = [row for row in document["rows"] if row["red"] is None]
-    order = [peer.name for peer in (*peers.PEERS, *peers.GPU_PEERS)]
+
+    def ratios_of(name: str, found: list[dict[str, Any]]) -> list[float]:
+        both = [row["variants"] for row in found if name in row["variants"]]
+        return [facts[name]["median_ms"] / facts[OURS]["median_ms"] for facts in both]
+
     names = dict.fromkeys(name for row in good for name in row["variants"] if name != OURS)
-    chosen = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+    chosen = sorted(names, key=lambda name: geomean(ratios_of(name, good)))
     sorts = [(label, [row for row in found if row["red"] is None]) for label, found in settings(document)]
     table = []
     for label, found in [*sorts, ("all", good)] if len(sorts) > 1 else sorts:
@@ -324,8 +328,7 @@ def against_peers(
             continue
         cells = [Cell(label), Cell.number(len(found), "d")]
         for name in chosen:
-            both = [row["variants"] for row in found if name in row["variants"]]
-            ratios = [facts[name]["median_ms"] / facts[OURS]["median_ms"] for facts in both]
+            ratios = ratios_of(name, found)
             few = "" if len(ratios) == len(found) else f" ({len(ratios)} of {len(found)})"
             cells.append(Cell.ratio(geomean(ratios), few) if ratios else Cell(""))
         table.append(cells)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OURS = "mnv4_ops"
+# their number and that of the colours have no common divisor: no two of many variants look alike
+_MARKERS = "osD^vPX*<>h"
 
 
 @plots.styled
@@ -27,10 +29,11 @@ def speedups(
     made, ((axes,),) = plots.figure(size=(10, 1.2 + 0.3 * len(rows)))
     places = np.arange(len(rows))[::-1]
     for index, name in enumerate(names):
+        look = {"color": plots.COLOURS[index % len(plots.COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         known = [(place, row[name] / row[_OURS]) for place, row in zip(places, times, strict=True) if name in row]
         axes.scatter(
             [ratio for _, ratio in known], [place for place, _ in known], s=34, zorder=3,
-            color=plots.COLOURS[index % len(plots.COLOURS)], marker="osD^vPX*"[index % 8], label=labels.get(name, name),
+            label=labels.get(name, name), **look,
         )  # fmt: skip
     axes.axvline(1, color="black", linewidth=1.2)
     axes.set_yticks(places, rows)

@@ -73,7 +73,8 @@ def _which(found: Document) -> list[Cell]:
 def _every_variant(good: list[Document]) -> Table:
     """Milliseconds of all that was measured; what had no turn in a cell has none."""
     have = {name for found in good for name in found["variants"]}
-    names = [name for name in (*LABELS, cell.OURS) if name in have]
+    # what it is about first: a wide table is cut off at the right
+    names = [name for name in dict.fromkeys((cell.OURS, *cell.HEADLINE_PEERS, *LABELS)) if name in have]
     table = []
     for found in good:
         medians = (found["variants"].get(name, {}).get("median_ms") for name in names)
