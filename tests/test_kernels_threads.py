@@ -115,6 +115,16 @@ def test_conv_small_as_one_program(size: tuple[int, int], tier: str) -> None:
             assert_same_bits(row, alone)
 
 
+@pytest.mark.parametrize(("side", "threads"), [(32, 16), (64, 40), (224, 64)])
+def test_less_than_two_rows_a_thread(side: int, threads: int, tier: str) -> None:
+    """As many cores as servers have: the stem is then dealt out in bands."""
+    program, _ = model_program("conv_small")
+    image = torch.randn(1, 3, side, side)
+    alone = run(program, image, 1)
+    for _ in range(5):
+        assert_same_bits(run(program, image, threads), alone)
+
+
 def test_python_threads_at_once(tier: str) -> None:
     """The same and different blocks, one and two threads each, in four Python threads."""
     blocks = [TestBlock.random(**structure(name, "relu6")).native() for name in STRUCTURES]

@@ -142,8 +142,11 @@ void dense_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView
   // the copy is an image of its own, with its borders inside
   Geometry inner = g;
   inner.w = pitch, inner.left1 = inner.right1 = inner.top1 = 0;
-  for (int lo = y0; lo < y1; lo += kCopiedRows) {
-    const int hi = std::min(y1, lo + kCopiedRows), first = lo * s - g.top1;
+  BasicTeam<T> alone = t;
+  alone.tid = 0, alone.n = 1;
+  // [lo, hi) by one thread: bands of a team are dealt out, with no barrier between them
+  const auto band = [&](int lo, int hi) {
+    const int first = lo * s - g.top1;
     const int rows = (hi - 1 - lo) * s + d.expand_kernel;
     BasicView<T> copy;
     copy.p = t.local;
@@ -177,8 +180,12 @@ void dense_rows(const BasicKernels<T>& k, const BasicTeam<T>& t, const BasicView
     BasicGemmArgs<T> part = to;
     part.c += (lo - y0) * to.c_row;
     if (part.res != nullptr) part.res += (lo - y0) * to.r_row;
-    windows(k, t, copy, d, inner, 0, hi - lo, part);
-  }
+    windows(k, alone, copy, d, inner, 0, hi - lo, part);
+  };
+  const int rows = y1 - y0, step = std::clamp(rows / (2 * t.n), 1, kCopiedRows);
+  t.share(rows, t.n > 1 ? step : rows, [&](int first, int end, int) {
+    for (int lo = first; lo < end; lo += kCopiedRows) band(y0 + lo, y0 + std::min(end, lo + kCopiedRows));
+  });
 }
 
 #define MNV4_OPS_FOR(T)                                                                                        \
