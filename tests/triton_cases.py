@@ -257,6 +257,27 @@ def special_values(device: str) -> None:
     assert torch.allclose(out, again.reference(x, torch.float32), atol=1e-4), "packed again"
 
 
+def gelu_values(device: str) -> None:
+    """GELU of given numbers, through the middle of a depthwise window on images of one pixel."""
+    numbers = torch.cat([torch.linspace(-14, 14, 4093), torch.tensor([float("inf"), float("-inf"), float("nan")])])
+    # the formula's own error: of fp32, of that for 16 bits
+    for dtype, own in ((torch.float32, 1e-7), (torch.float16, 6.5e-6)):
+        case = Case(dtype, device, bn=False, c_in=64, c_mid=64, c_out=64, start_kernel=3, start_act="gelu")
+        middle = torch.zeros_like(case.layers[0].weight)
+        middle[:, :, 1, 1] = 1
+        case.layers[0] = case.layers[0]._replace(weight=middle)
+        block = case.build()
+        x = numbers.to(device, dtype).reshape(64, 64, 1, 1).to(memory_format=torch.channels_last)
+        out = output(block, 64, 1, 1, dtype, device)
+        block.run(x, out)
+        want = torch.nn.functional.gelu(x.double())
+        assert torch.equal(out.isnan(), want.isnan()), "NaN of GELU"
+        assert torch.equal(out.isinf(), want.isinf()), "infinity of GELU"
+        rounding = want.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        over = ((out.double() - want).abs() - rounding - own)[want.isfinite()].max()
+        assert over <= 0, f"GELU in {dtype}: {float(over):.3g} too much"
+
+
 def main() -> None:
     torch.manual_seed(0)
     # the reference on a GPU
@@ -275,6 +296,7 @@ def main() -> None:
         failed += not ok
         print(json.dumps({"case": name, "dtype": str(dtype), "max": round(worst, 3), "rms": round(rms, 3), "ok": ok}))
     special_values(device)
+    gelu_values(device)
     print(json.dumps({"failed": failed}))
     sys.exit(bool(failed))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from .config import Config, next_pow2
 from .dense import dense_kernel
@@ -67,7 +70,6 @@ class Build:
 
     def launch(self, places: tuple[int, int, int], next_counters: int | None, zero: int, early: bool = False) -> Launch:
         """`early`: may start before the kernel before it has ended, if it is small enough."""
-        import torch
 
         split = self.split > 1
         partial = ("scratch", places[0], torch.float32) if split else self.dummy
@@ -99,6 +101,11 @@ def options(cfg: Config) -> dict[str, int]:
     return found
 
 
+def _act(name: str, dtype: torch.dtype) -> str:
+    """What `common.activation` calls it: results of 16 bits have a shorter GELU."""
+    return "gelu_half" if name == "gelu" and dtype != torch.float32 else name
+
+
 def build_op(
     op: Op,
     cfg: Config,
@@ -114,6 +121,8 @@ def build_op(
     strides: tuple[int, ...] | None,
 ) -> Build:
     """One operation on n images of h x w at `x`."""
+    dtype = packed[op.stages[0]].dtype
+    op = replace(op, **{name: _act(getattr(op, name), dtype) for name in ("dw_act", "mid_act", "act")})
     ho, wo = op.out_hw(h, w)
     kernel, stride = op.kernel, op.stride
     scalars = {
@@ -260,7 +269,8 @@ def build_pool(
     """[1x1 + act ->] global average pool of n images."""
     width = feat.c_out if feat else c_in
     constants = {
-        "C": c_in, "N": width, "NP": feat.np if feat else 1, "FEAT": feat is not None, "ACT": act,
+        "C": c_in, "N": width, "NP": feat.np if feat else 1, "FEAT": feat is not None,
+        "ACT": _act(act, feat.dtype) if feat else act,
         "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"], "BLOCK_N": cfg["n"], "PRECISION": precision, "ZERO": 0,
         "STAGES": cfg["stages"],
     }  # fmt: skip

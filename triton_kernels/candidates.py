@@ -67,6 +67,8 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
     full = (n0, n1) if n0 + n1 <= 256 else (256, 0)
     base = {"path": "pointwise", "split": 1, "stages": 1 if op.kernel else 3, "rows": rows}
     few, wide = pixels < sms * 48, sum(full) > 192
+    # small tiles, several programs on a multiprocessor: one computes while another loads and stores
+    small = [{**base, "j": 64, "k": k, "n0": 128, "n1": 0, "warps": 4, "stages": stages} for stages in (2, 3, 4)]
     expands = large and op.c_out > op.c_in and not op.residual and -(-op.c_in // k) <= config.MAX_PIECES
     if expands:
         # a wider one does not fit into shared memory
@@ -80,6 +82,7 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
             out.append({**out[-1], "j": 128 // rows, "warps": 8})
         if not op.kernel:
             out.append({**base, "j": 128, "k": k, "n0": 128, "n1": 0, "warps": 4})
+            out += small
         if op.c_out > 256 and pixels >= sms * 96:
             # the input tile is made once here; two matrices' worth of columns do not fit the other kernel
             return out
@@ -99,14 +102,13 @@ def _pointwise(op: Op, rows: int, pixels: int, first: Config, large: bool, sms: 
             out += [{**strip, "split": 4}, {**whole, "k": k, "warps": 4, "split": 2}]
             out.append({**whole, "k": k, "n0": 128, "n1": 0, "warps": 4, "split": 2})
     elif large:
-        out += [{**base, "j": 64, "k": k, "n0": full[0], "n1": full[1], "warps": 4}]
+        out += [{**base, "j": 64, "k": k, "n0": full[0], "n1": full[1], "warps": 4, "stages": s} for s in (2, 3)]
         out += [{**base, "j": 128, "k": k, "n0": full[0], "n1": full[1], "warps": 8}]
         if k == 64 and full[0] >= 128:
             out.append({**out[-1], "stages": 4})
         if op.c_out >= 256:
             out.append({**base, "j": 128, "k": k, "n0": 128, "n1": 0, "warps": 4})
-            # small tiles, several programs on a multiprocessor: one computes while another loads and stores
-            out += [{**base, "j": 64, "k": k, "n0": 128, "n1": 0, "warps": 4, "stages": stages} for stages in (3, 4)]
+            out += small
             out.append({**base, "j": 128, "k": min(k, 32), "n0": 64 if few else 128, "n1": 0, "warps": 4})
     if large:
         return out
