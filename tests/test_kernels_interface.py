@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -311,6 +312,17 @@ GEOMETRIES = [
     {"c_in": 17}, {"c_mid": 33}, {"c_out": 15}, {"mid_kernel": 5}, {"mid_stride": 2}, {"residual": True},
     {"padding": "same"},
 ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="waits for Linux: version scripts are the linker's there")
+def test_libraries_show_no_symbol_but_their_own() -> None:
+    """Parts of a libstdc++ that a toolchain links in would take the place of the process's own."""
+    nm = shutil.which("nm")
+    assert nm is not None, "the compiler's binutils"
+    core_file = Path(core().__file__)
+    for file, symbol in ((core_file, "PyInit__core"), (core_file.with_name("libmnv4_ops_torch.so"), "mnv4_ops_repack")):
+        done = subprocess.run([nm, "-D", "--defined-only", str(file)], capture_output=True, text=True, check=True)
+        assert [line.split()[-1] for line in done.stdout.splitlines()] == [symbol]
 
 
 @pytest.mark.parametrize("change", GEOMETRIES, ids=str)
