@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import OrderedDict
 from typing import Any
@@ -333,10 +332,12 @@ class Block(_Runner):
                 is_fused = narrow and last.c_in <= 256 and n * ho * wo >= self._sms() * 64
             ops = joined if is_fused else ops
         configs = []
-        pairs = [apart(op) if config.wants_apart(op, exact) else (op,) for op in ops]
-        for op in itertools.chain.from_iterable(pairs):
-            configs.append(self._formula(op, n, h, w, exact))
-            h, w = op.out_hw(h, w)
+        for op in ops:
+            ho, wo = op.out_hw(h, w)
+            alone = config.wants_apart(op, n * ho * wo, exact, self._sms())
+            for part in apart(op) if alone else (op,):
+                configs.append(self._formula(part, n, h, w, exact))
+                h, w = part.out_hw(h, w)
         return {"fused": is_fused, "chunk": 0, "ops": configs}
 
     def plan(self, n: int, h: int, w: int, choice: Config, allow_tf32: int = False, strides: Any = None) -> Plan:

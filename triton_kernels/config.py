@@ -76,11 +76,16 @@ def rows_for(ho: int, kernel: int, limit: int = 4) -> int:
     return best
 
 
-def wants_apart(op: Op, exact: bool) -> bool:
+def wants_apart(op: Op, pixels: int, exact: bool, sms: int = 132) -> bool:
     """Whether a depthwise convolution runs as a kernel of its own before its 1x1: where the latter has several tiles
-    of output channels, or sums over so many that too few programs are left.
+    of output channels, sums over so many that too few programs are left, or has few `pixels` of output. Of the choices
+    measured in 16 bits five of six are so.
     """
-    return op.kind == "pointwise" and op.kernel > 0 and (op.c_in >= 512 or (exact and op.c_out > 64))
+    if op.kind != "pointwise" or not op.kernel:
+        return False
+    if exact:
+        return op.c_in >= 512 or op.c_out > 64
+    return op.c_in >= 512 or op.kernel > 3 or (op.c_in > 64 and pixels < sms * 64)
 
 
 def vector(op: Op, n: int) -> Config:
