@@ -18,7 +18,7 @@ from mnv4_ops.spec import ConvSpec, HeadSpec, UIBSpec
 
 def test_peers_are_chosen_by_name() -> None:
     assert select("none") == []
-    assert select("all") == list(PEERS)
+    assert select("all") == select("all, litert") == list(PEERS)
     assert {peer.name for peer in select("torch")} == {p.name for p in PEERS if p.name.startswith("torch_")}
     assert [peer.name for peer in select("xnnpack, openvino")] == ["xnnpack", "openvino"]
     assert len({peer.name for peer in ALL}) == len(ALL)

@@ -41,14 +41,13 @@ def by_name(name: str) -> Peer:
 
 
 def select(text: str) -> list[Peer]:
-    """Peers of the CPU for `all`, `none`, or a comma-separated list of names (`torch` stands for all of torch's)."""
+    """Peers of the CPU for `none`, or names separated by commas, of which `all` and `torch` stand for several."""
     if text == "none":
         return []
-    if text == "all":
-        return list(PEERS)
     chosen: list[Peer] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
-        found = [peer for peer in PEERS if peer.name == name or (name == "torch" and peer.name.startswith("torch_"))]
+        start = {"all": "", "torch": "torch_"}.get(name)
+        found = [p for p in PEERS if (p.name == name if start is None else p.name.startswith(start))]
         if not found:
             raise BenchError(f"--peers: no peer {name!r}; known: all, none, torch, {', '.join(p.name for p in PEERS)}")
         chosen += [peer for peer in found if peer not in chosen]
