@@ -70,7 +70,6 @@ class Build:
 
     def launch(self, places: tuple[int, int, int], next_counters: int | None, zero: int, early: bool = False) -> Launch:
         """`early`: may start before the kernel before it has ended, if it is small enough."""
-
         split = self.split > 1
         partial = ("scratch", places[0], torch.float32) if split else self.dummy
         strips = ("scratch", places[2], self._strip_dtype) if self._strip_bytes else self.dummy

@@ -42,13 +42,8 @@ class GpuPlan:
     seconds: float = 20.0
 
     def chosen(self) -> tuple[str, ...]:
-        if self.peers in ("all", "none"):
-            return tuple(peer.name for peer in registry.GPU_PEERS if not peer.slow) if self.peers == "all" else ()
-        names = tuple(part.strip() for part in self.peers.split(",") if part.strip())
-        for name in names:
-            if name not in gpu.PEERS:
-                raise BenchError(f"--peers: no peer {name!r} on a GPU; known: all, none, {', '.join(gpu.PEERS)}")
-        return names
+        usual = [peer.name for peer in registry.GPU_PEERS if not peer.slow]
+        return registry.named(self.peers, list(gpu.PEERS), {"all": usual}, " on a GPU")
 
     def validate(self) -> None:
         """Raises BenchError for what would only be found out in the middle."""

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mnv4_ops.bench import ceilings, gate, gpu_run, isolate, machine, op_gpu, report, rows
+from mnv4_ops.bench import ceilings, gate, gpu_run, isolate, machine, op_gpu, peers, report, rows
 from mnv4_ops.bench import ops as registry
 from mnv4_ops.bench import run as cpu_run
 from mnv4_ops.bench.errors import BenchError
@@ -109,20 +109,8 @@ class OpsPlan:
         """Names of the peers; `all` leaves out those that take minutes to prepare."""
         here = rows.peers_of(self.device)
         known = [peer.name for peer in here]
-        groups = {
-            "all": [peer.name for peer in here if not peer.slow],
-            "torch": [name for name in known if name.startswith("torch_")],
-        }
-        if self.peers == "none":
-            return ()
-        names: list[str] = []
-        for name in filter(None, (part.strip() for part in self.peers.split(","))):
-            names += groups.get(name, [name])
-        for name in names:
-            if name not in known:
-                have = ", ".join(known)
-                raise BenchError(f"--peers: no peer {name!r} for ops on {self.device}; known: all, none, {have}")
-        return tuple(dict.fromkeys(names))
+        groups = {"all": [peer.name for peer in here if not peer.slow], "torch": peers.of_torch(known)}
+        return peers.named(self.peers, known, groups, f" for ops on {self.device}")
 
 
 @dataclass(frozen=True)

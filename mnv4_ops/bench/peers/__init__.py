@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mnv4_ops.bench.errors import BenchError
 from mnv4_ops.bench.peers.base import Peer, Unsupported
 from mnv4_ops.bench.peers.fused import Fused
 
-__all__ = ["ALL", "GPU_PEERS", "OURS", "PEERS", "Peer", "Unsupported", "by_name", "select"]
+__all__ = ["ALL", "GPU_PEERS", "OURS", "PEERS", "Peer", "Unsupported", "by_name", "named", "of_torch", "select"]
 
 
 def _found() -> Iterator[Peer]:
@@ -40,15 +40,27 @@ def by_name(name: str) -> Peer:
     return next(peer for peer in (*ALL, *GPU_PEERS) if peer.name == name)
 
 
-def select(text: str) -> list[Peer]:
-    """Peers of the CPU for `none`, or names separated by commas, of which `all` and `torch` stand for several."""
+def named(text: str, known: Sequence[str], groups: Mapping[str, Sequence[str]], where: str = "") -> tuple[str, ...]:
+    """The names in `--peers TEXT`: `none`, or some of `known` separated by commas, among them names of `groups`."""
     if text == "none":
-        return []
-    chosen: list[Peer] = []
+        return ()
+    names: list[str] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
-        start = {"all": "", "torch": "torch_"}.get(name)
-        found = [p for p in PEERS if (p.name == name if start is None else p.name.startswith(start))]
-        if not found:
-            raise BenchError(f"--peers: no peer {name!r}; known: all, none, torch, {', '.join(p.name for p in PEERS)}")
-        chosen += [peer for peer in found if peer not in chosen]
-    return chosen
+        names += groups.get(name, [name])
+    for name in names:
+        if name not in known:
+            first, *others = groups
+            have = ", ".join((first, "none", *others, *known))
+            raise BenchError(f"--peers: no peer {name!r}{where}; known: {have}")
+    return tuple(dict.fromkeys(names))
+
+
+def of_torch(names: Iterable[str]) -> list[str]:
+    """Those that `torch` stands for."""
+    return [name for name in names if name.startswith("torch_")]
+
+
+def select(text: str) -> list[Peer]:
+    """Peers of the CPU, see `named`; `all` and `torch` stand for several."""
+    known = [peer.name for peer in PEERS]
+    return [by_name(name) for name in named(text, known, {"all": known, "torch": of_torch(known)})]
