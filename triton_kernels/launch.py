@@ -19,6 +19,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
+from .hopper import compiled_soundly
+
 __all__ = [
     "Arg",
     "Launch",
@@ -102,12 +104,14 @@ class Launch:
     def compile(self) -> Any:
         """Compiles without launching (fills Triton's cache); needs no tensors."""
         args = [dtype for _, _, dtype in self._pointers]
-        return self._kernel.warmup(*args, grid=self._grid, **self._scalars, **self._constants, **self._options)
+        more = {**self._scalars, **self._constants, **self._options}
+        return compiled_soundly(self._kernel, lambda: self._kernel.warmup(*args, grid=self._grid, **more))
 
     def first(self, tensors: dict[str, Tensor]) -> None:
         """Launches by Triton's own path and remembers the compiled kernel."""
         args = [self._view(tensors, a) for a in self._plain]
-        compiled = self._kernel[self._grid](*args, **self._scalars, **self._constants, **self._options)
+        more = {**self._scalars, **self._constants, **self._options}
+        compiled = compiled_soundly(self._kernel, lambda: self._kernel[self._grid](*args, **more))
         if compiled is not None and hasattr(compiled, "packed_metadata"):
             self._fast = (compiled.run, compiled.function, compiled.packed_metadata)
 

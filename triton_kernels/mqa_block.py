@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import mqa_config
+from . import hopper, mqa_config, mqa_hopper_build
 from .attention_op import build_attention, full_pieces
 from .block import LINEAR_TF32, Plan, _check, _link, _positive, _Runner
 from .build import Build, build_op, options, pad_before
@@ -38,7 +38,7 @@ class _Plan(Plan):
         self._last = last
 
     def smaller(self, failed: int) -> Config:
-        if any(cfg["path"] == "mqa" for cfg in self.choice["ops"]):
+        if any(cfg["path"] in ("mqa", "mqa_hopper") for cfg in self.choice["ops"]):
             return self._last
         try:
             return super().smaller(failed)
@@ -104,6 +104,10 @@ class MobileMQA(_Runner):
         self.taps = torch.zeros(2, self.down**2 + 1, cp if self.down else 1, dtype=torch.float32, device=self.device)
         one, zero = (f(c, dtype=torch.float64, device=self.device) for f in (torch.ones, torch.zeros))
         self._norm = self._query_norm = (one, zero)
+        # see `mqa_hopper_build.folded`; made here, since a call may be captured
+        self.folded: tuple[Tensor, Tensor] | None = None
+        if self.down and dtype != torch.float32 and hopper.available():
+            mqa_hopper_build.folded(self)
         self._fill_norms()
         # whether a projection has a bias or a BatchNorm: timm's have neither
         self._affine: dict[int, bool] = {}
@@ -171,6 +175,7 @@ class MobileMQA(_Runner):
             taps, k = self.taps[int(stage == VALUE_DOWN)], self.down
             taps[: k * k, : self.c].copy_((weight.detach().double().reshape(self.c, k * k) * scale[:, None]).t())
             taps[k * k, : self.c].copy_(shift)
+            mqa_hopper_build.fold(self)
         elif stage == OUTPUT:
             wide = weight.new_zeros(self.c, self.heads, self.dv)
             wide[:, :, : n["value_dim"]] = weight.detach().reshape(self.c, self.heads, n["value_dim"])
@@ -194,6 +199,7 @@ class MobileMQA(_Runner):
         (scale, shift), (scale_q, shift_q) = self._norm, self._query_norm
         for row, values in zip(self.norms, (scale, shift, scale * scale_q, shift * scale_q + shift_q), strict=True):
             row[: self.c].copy_(values)
+        mqa_hopper_build.fold(self)
 
     @property
     def stages(self) -> frozenset[int]:
@@ -203,7 +209,13 @@ class MobileMQA(_Runner):
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed parameters."""
-        return self.w.bytes + self.w_out.bytes + 4 * (self.norms.numel() + self.taps.numel())
+        more = sum(t.numel() for t in (self.norms, self.taps, *(self.folded or ())))
+        return self.w.bytes + self.w_out.bytes + 4 * more
+
+    @property
+    def biased(self) -> bool:
+        """Whether a projection of pixels has a bias or a BatchNorm, which published models have not."""
+        return any(self._affine.values())
 
     def query_hw(self, h: int, w: int) -> tuple[int, int]:
         """Rows and columns of queries."""
@@ -231,7 +243,10 @@ class MobileMQA(_Runner):
         found = self._measured(n, h, w, self.exact(allow_tf32))
         if found is not None:
             (hq, wq), (hk, wk) = self.query_hw(h, w), self.kv_hw(h, w)
-            found = mqa_config.fitted(found, hq * wq, hk * wk)
+            # a choice in Gluon has one for where that is not to be had beside it
+            ways = (found, found.get("otherwise"))
+            fitted = (mqa_config.fitted(way, hq * wq, hk * wk, self.biased) for way in ways if way is not None)
+            found = next(filter(None, fitted), None)
         return found or mqa_config.formula(self, n, h, w, allow_tf32, self._sms())
 
     def exact(self, allow_tf32: int) -> bool:
@@ -243,15 +258,17 @@ class MobileMQA(_Runner):
         item = self.dtype.itemsize
         (hq, wq), (hk, wk) = self.query_hw(h, w), self.kv_hw(h, w)
         sizes = [hk * wk * (self.dk + self.dv), hq * wq * self.heads * self.dk, hq * wq * self.heads * self.dv]
+        sizes.append(hk * wk * 2 * self.c)
         configs = choice["ops"]
         paths = [cfg["path"] for cfg in configs]
         # a region that nothing uses takes no memory
-        used = ["mqa_project" in paths, "attention" in paths, len(paths) == 3]
+        deeper = paths[0] == "mqa_depthwise_hopper"
+        used = [deeper or "mqa_project" in paths, "attention" in paths, len(paths) == 3 and not deeper, deeper]
         places, tail = [], 0
         for size, is_used in zip(sizes, used, strict=True):
             places.append(("scratch", tail, self.dtype))
             tail += round_up(n * size * item, 256) * is_used
-        kv, q, o = places
+        kv, q, o, deep = places
         x, out = ("x", 0, self.dtype), ("out", 0, self.dtype)
         precision, attention = self._precision(allow_tf32), "ieee"
         if self.dtype == torch.float32 and allow_tf32 & LINEAR_TF32:
@@ -263,6 +280,12 @@ class MobileMQA(_Runner):
             elif cfg["path"] == "mqa":
                 target = out if len(paths) < 3 else o
                 built.append(self._attend(cfg, precision, attention, n, hq * wq, hk * wk, x, kv, target))
+            elif cfg["path"] == "mqa_keys_hopper":
+                built.append(mqa_hopper_build.keys(self, cfg, n * hk * wk, deep, kv))
+            elif cfg["path"] == "mqa_depthwise_hopper":
+                built.append(mqa_hopper_build.depthwise(self, cfg, n, h, w, x, deep))
+            elif cfg["path"] == "mqa_hopper":
+                built.append(mqa_hopper_build.attend(self, cfg, n, hq * wq, hk * wk, x, kv, out))
             elif cfg["path"] == "attention":
                 k = self.dk
                 built.append(
@@ -301,7 +324,7 @@ class MobileMQA(_Runner):
             "C": self.c, "CP": self.norms.shape[1], "NP": self.w.np, "HEADS": self.heads, **self._dims(),
             "KERNEL": self.down, "STRIDE": stride, "QUERY_STRIDE": native["query_stride"],
             "QUERIES": queries, "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"], "BLOCK_Q": cfg["pq"], "BLOCK_N": cfg["n"],
-            "AFFINE": any(self._affine.values()), "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
+            "AFFINE": self.biased, "PRECISION": precision, "ZERO": 0, "STAGES": cfg["stages"],
         }  # fmt: skip
         w = self.w.matrix(precision)
         return Build(
@@ -332,7 +355,7 @@ class MobileMQA(_Runner):
             "RESIDUAL": self.native["residual"], "BLOCK_P": cfg["p"], "BLOCK_K": cfg["k"],
             "BLOCK_N0": cfg["n0"], "BLOCK_N1": cfg["n1"], "KEYS0": keys0, "KEYS1": keys1,
             "SHARE": heads, "FULL": full_pieces(keys0, keys1, nk), "OPAQUE": not interpreted(),
-            "AFFINE": any(self._affine.values()), "PRECISION": precision, "ATTENTION": attention, "ZERO": 0,
+            "AFFINE": self.biased, "PRECISION": precision, "ATTENTION": attention, "ZERO": 0,
             "STAGES": cfg["stages"],
         }  # fmt: skip
         scalars = {"TILES": tiles, "NQ": nq, "NK": nk, "scale": self.native["key_dim"] ** -0.5 * LOG2_E}

@@ -4,13 +4,15 @@ A choice is {"fused": True, "chunk": 0, "ops": [Config, ...]} with one of these 
 
 - "mqa" with `inline`: keys and values of a small map in the same kernel;
 - "mqa_project", "mqa": keys and values first; with `share` (heads of one program) a "pointwise" follows;
-- "mqa_project" with `q`, "attention", then "pointwise", or "mqa_output" where the queries are pooled.
+- "mqa_project" with `q`, "attention", then "pointwise", or "mqa_output" where the queries are pooled;
+- on Hopper "mqa_hopper" in the place of "mqa", with `inline` or after "mqa_project" or, for keys and values with
+  strided convolutions, "mqa_depthwise_hopper" and "mqa_keys_hopper".
 
 "mqa" holds all keys of an image at once. Its loop over the heads must be pipelined: without (one stage, or a loop over
-blocks of keys inside) triton 3.6 made code for Hopper that read outside of shared memory.
+blocks of keys inside) code for Hopper read outside of shared memory with triton 3.6; the cause is that of `hopper`.
 
 `p` pixels (of "attention": rows), `k` input channels of a step, `n` columns of a tile of queries, of `pq` pixels;
-`keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels.
+`keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels, `c0` + `c1` channels of both sides.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import config
+from . import config, hopper
 from .config import Config, next_pow2, pieces
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # more keys than these go through the online softmax
 MAX_KEYS = 256
+# and with more than these the scores of 64 pixels have no room in registers beside their output
+HOPPER_KEYS = 160
 
 
 def width(dim: int) -> int:
@@ -75,6 +79,39 @@ def attention(p: int, keys0: int, keys1: int, warps: int, stages: int) -> Config
     return {"path": "attention", "p": p, "keys0": keys0, "keys1": keys1, "warps": warps, "stages": stages}
 
 
+def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
+    """The kernels in Gluon; None where they do not serve."""
+    (hq, wq), (hk, wk) = runner.query_hw(h, w), runner.kv_hw(h, w)
+    nq, nk = hq * wq, hk * wk
+    c0, c1 = pieces(runner.c)
+    if (
+        not hopper.available()
+        or runner.dtype == torch.float32
+        or runner.biased
+        or runner.native["query_stride"] > 1
+        or not runner.dk == runner.dv == 64
+        or c0 + c1 != runner.c
+        or runner.c > 256
+        or runner.down not in (0, 3)
+        or sum(pieces(nk, 16)) > HOPPER_KEYS
+    ):
+        return None
+    inline = not runner.down and nq <= 64
+    k0, k1 = (64, 0) if inline else pieces(nk, 16)
+    last = {
+        "path": "mqa_hopper", "inline": int(inline), "p": 64, "keys0": k0, "keys1": k1, "c0": c0, "c1": c1, "warps": 4,
+        "stages": 1,
+    }  # fmt: skip
+    if inline:
+        return _list(last)
+    if not runner.down:
+        return _list(project(32, step(runner.c), stages=3), last)
+    few = n * nk < 2048
+    depthwise = {"path": "mqa_depthwise_hopper", "p": 32 if few else 64, "k": 64, "warps": 4, "stages": 1}
+    made = {"path": "mqa_keys_hopper", "p": 64, "c0": c0, "c1": c1, "warps": 4, "stages": 1}
+    return _list(depthwise, made, last)
+
+
 def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms: int = 132) -> Config:
     """A choice that is never bad."""
     exact, half = runner.exact(allow_tf32), runner.dtype != torch.float32
@@ -83,6 +120,9 @@ def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms:
     (hq, wq), (hk, wk) = runner.query_hw(h, w), runner.kv_hw(h, w)
     nq, nk = hq * wq, hk * wk
     c, pixels = runner.c, n * nq
+    # fewer tiles, of 64 pixels, leave most of the device idle, and one takes longer than one of `mqa_kernel`
+    if n * -(-nq // 64) >= sms // 4 and (found := on_hopper(runner, n, h, w)):
+        return found
     large = pixels >= sms * 32
     k = step(c, 64 if half else 32)
     last = _last(runner, n, h, w, False, sms)
@@ -109,7 +149,7 @@ def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms:
     return _list(first, attention(rows, *keys(nk).values(), 8 if rows == 128 else 4, 2), last)
 
 
-def fitted(choice: Config, nq: int, nk: int) -> Config | None:
+def fitted(choice: Config, nq: int, nk: int, biased: bool = False) -> Config | None:
     """A choice measured for another map, with the keys at once that this one needs; None where its path takes fewer."""
     ops = []
     for cfg in choice["ops"]:
@@ -123,6 +163,16 @@ def fitted(choice: Config, nq: int, nk: int) -> Config | None:
             # more keys in shared memory may leave no room for three stages
             deep = cfg["keys0"] + cfg["keys1"] >= nk
             found = {**cfg, **keys(nk), "stages": cfg["stages"] if deep else 2}
+        elif cfg["path"] == "mqa_hopper":
+            if (
+                not hopper.available()
+                or biased
+                or sum(pieces(nk, 16)) > HOPPER_KEYS
+                or (cfg["inline"] and nq > cfg["p"])
+            ):
+                return None
+            k0, k1 = pieces(nk, 16)
+            found = cfg if cfg["inline"] else {**cfg, "keys0": k0, "keys1": k1}
         elif cfg["path"] == "attention" and cfg["keys1"] and cfg["keys0"] + cfg["keys1"] < nk:
             found = {**cfg, **keys(nk)}
         ops.append(found)

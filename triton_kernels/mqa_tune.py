@@ -114,11 +114,20 @@ def variants(runner: MobileMQA, n: int, h: int, w: int, tf32: int, sms: int) -> 
                 ways.append([[{**inline, "warps": warps, "stages": stages} for warps in (4, 8) for stages in (2, 3)]])
         if pixels < sms * 16:
             ways.append([projections[0], _shares(runner, nk), last])
+    if found := mqa_config.on_hopper(runner, n, h, w):
+        ways.append([_alike_hopper(cfg) for cfg in found["ops"]])
     for way in ways:
         if [options[0]["path"] for options in way] == [cfg["path"] for cfg in first] and _alike(way, first):
             for options, cfg in zip(way, first, strict=True):
                 options.insert(0, cfg)
     return [(True, _ops(runner, way), [unique(options) for options in way]) for way in ways]
+
+
+def _alike_hopper(cfg: Config) -> list[Config]:
+    """Tiles to try in the place of one of Hopper's."""
+    if cfg["path"] != "mqa_depthwise_hopper":
+        return [cfg]
+    return [cfg, *({**cfg, "p": p, "warps": warps} for p, warps in ((16, 4), (32, 4), (64, 4), (64, 8)))]
 
 
 def _alike(way: list[list[Config]], choice: list[Config]) -> bool:

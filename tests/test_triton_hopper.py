@@ -1,0 +1,245 @@
+"""The kernels in Gluon: compiled for Hopper everywhere, run where there is one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+import triton
+from mnv4_ops.triton_kernels import config, hopper, mqa_config, mqa_hopper_build
+from test_triton_kernels import gpu, run_lines
+from triton_cases import output
+from triton_mqa_cases import MQACase, run_mqa
+
+from mnv4_ops.spec import MQASpec
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def spec(**more: Any) -> MQASpec:
+    return MQASpec(**{"c": 160, "heads": 4, "key_dim": 64, "value_dim": 64, "layer_scale": True, **more})
+
+
+SMALL = spec(c=256)
+LARGE = spec(c=192, heads=8, key_dim=48, value_dim=48, kv_stride=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TOOL.exists(), reason="waits for a triton that ships cuobjdump")
+def test_machine_programs_for_hopper() -> None:
+    """Products by the tensor cores of Hopper, and no address made of the stack pointer (see `hopper`)."""
+    lines = run_lines("hopper_compile.py")
+    kernels = {line["kernel"] for line in lines}
+    assert kernels == {
+        "mqa_hopper_kernel", "mqa_keys_hopper_kernel", "mqa_depthwise_hopper_kernel", "mqa_project_kernel"
+    }  # fmt: skip
+    for line in lines:
+        assert not line["wrong"], line
+        assert line["products"] > 0 or line["kernel"] in ("mqa_depthwise_hopper_kernel", "mqa_project_kernel"), line
+        # of one program; 227 KiB is what a program can have
+        assert line["shared"] <= 227 * 1024, line
+
+
+@pytest.fixture
+def present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "available", lambda: True)
+
+
+def paths(s: MQASpec, n: int, h: int, w: int, dtype: torch.dtype = torch.float16) -> list[str] | None:
+    found = mqa_config.on_hopper(MQACase(s, dtype, "cpu").build(), n, h, w)
+    return found and [cfg["path"] for cfg in found["ops"]]
+
+
+@pytest.mark.usefixtures("present")
+def test_what_it_serves() -> None:
+    three = ["mqa_depthwise_hopper", "mqa_keys_hopper", "mqa_hopper"]
+    assert paths(spec(kv_stride=2), 64, 16, 16) == three
+    assert paths(LARGE, 64, 24, 24, torch.bfloat16) == three
+    assert paths(SMALL, 64, 8, 8) == ["mqa_hopper"]
+    assert paths(SMALL, 64, 12, 12) == ["mqa_project", "mqa_hopper"]
+
+
+@pytest.mark.usefixtures("present")
+@pytest.mark.parametrize(
+    ("s", "side", "dtype"),
+    [
+        (SMALL, 8, torch.float32),
+        (spec(c=512, heads=8), 12, torch.float16),
+        (spec(c=152), 8, torch.float16),
+        (spec(key_dim=32, value_dim=32), 8, torch.float16),
+        (spec(kv_stride=2, kv_kernel=5), 16, torch.float16),
+        (spec(kv_stride=2, query_stride=2), 16, torch.float16),
+        (SMALL, 14, torch.float16),  # 196 keys
+    ],
+)
+def test_what_it_leaves_to_others(s: MQASpec, side: int, dtype: torch.dtype) -> None:
+    assert paths(s, 64, side, side, dtype) is None
+
+
+@pytest.mark.usefixtures("present")
+def test_few_pixels_and_biases_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = MQACase(SMALL, torch.float16, "cpu").build()
+    chosen = [cfg["path"] for cfg in mqa_config.formula(block, 1, 8, 8)["ops"]]
+    assert "mqa_hopper" not in chosen
+    block.pack(4, torch.randn(64, 256), torch.ones(64))
+    assert mqa_config.on_hopper(block, 64, 8, 8) is None
+    measured = {
+        "fused": True,
+        "chunk": 0,
+        "ops": mqa_config.on_hopper(MQACase(SMALL, torch.float16, "cpu").build(), 64, 8, 8)["ops"],
+    }
+    assert mqa_config.fitted(measured, 49, 49) is not None
+    assert mqa_config.fitted(measured, 81, 81) is None
+    assert mqa_config.fitted(measured, 49, 49, biased=True) is None
+    monkeypatch.setattr(hopper, "available", lambda: False)
+    assert mqa_config.fitted(measured, 49, 49) is None
+
+
+@pytest.mark.parametrize("device", ["nvidia_h200", "nvidia_h100_80gb_hbm3"])
+def test_tables_have_another_choice_where_gluon_is_not(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = json.loads((config.TUNED / f"{device}.json").read_text())["entries"]
+    block = MQACase(SMALL, torch.float16, "cpu").build()
+    monkeypatch.setattr(
+        block, "_measured", lambda n, h, w, exact: config.lookup(table, f"float16 {block.key}", n, h, w)
+    )
+    chosen = []
+    for there in (True, False):
+        monkeypatch.setattr(hopper, "available", lambda there=there: there)
+        chosen.append([cfg["path"] for cfg in block.choose(64, 8, 8)["ops"]])
+    assert chosen[0] == ["mqa_hopper"]
+    assert "mqa_hopper" not in chosen[1]
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_shift_table(k: int) -> None:
+    """Each entry is the sum over its taps, in the order that the kernel counts ranges."""
+    taps, shift, constant = torch.randn(2, k, k, 7).double(), torch.randn(7).double(), torch.randn(2, 7).double()
+    table = mqa_hopper_build.shift_table(taps, shift, constant)
+    assert table.shape == (k * (k + 1) // 2, k * (k + 1) // 2, 2, 7)
+
+    def number(a: int, b: int) -> int:
+        # `_range` of the kernel
+        return a * k - a * (a - 1) // 2 + b - a - 1
+
+    ranges = [(a, b) for a, b in itertools.product(range(k), range(k + 1)) if a < b]
+    assert sorted(number(a, b) for a, b in ranges) == list(range(len(ranges)))
+    for (a, b), (c, d) in itertools.product(ranges, repeat=2):
+        expected = taps[:, a:b, c:d].sum((1, 2)) * shift + constant
+        torch.testing.assert_close(table[number(a, b), number(c, d)], expected)
+
+
+def test_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels in Gluon are compiled by the newer of two, all others by the usual one."""
+    hopper._assembler.cache_clear()
+
+    def tools(usual: str, other: str) -> None:
+        found = {"ptxas": SimpleNamespace(path="usual", version=usual)}
+        found["ptxas_blackwell"] = SimpleNamespace(path="other", version=other)
+        monkeypatch.setattr(hopper, "knobs", SimpleNamespace(nvidia=SimpleNamespace(**found)))
+
+    for usual, other, expected in (
+        ("12.8", "12.9", "other"),
+        ("12.9", "12.9", ""),
+        ("13.0", "12.8", ""),
+        ("12.8", "12.8", None),
+    ):
+        tools(usual, other)
+        assert hopper._assembler() == expected
+        hopper._assembler.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(hopper, "_assembler", lambda: str(hopper.knobs.nvidia.ptxas.path))
+    kernels = {flag: SimpleNamespace(is_gluon=lambda flag=flag: flag) for flag in (True, False)}
+    seen = {
+        flag: hopper.compiled_soundly(k, lambda: "ptxas" in vars(hopper.knobs.nvidia)) for flag, k in kernels.items()
+    }
+    assert seen == {True: True, False: False}
+    assert "ptxas" not in vars(hopper.knobs.nvidia)
+
+
+class TestOnHopper:
+    pytestmark = gpu
+
+    @pytest.fixture(autouse=True)
+    def _hopper(self) -> None:
+        if not hopper.available():
+            pytest.skip("waits for an NVIDIA Hopper GPU and a tested triton")
+
+    @staticmethod
+    def block(s: MQASpec, dtype: torch.dtype, n: int, h: int, w: int) -> tuple[MQACase, Any]:
+        case = MQACase(s, dtype, "cuda")
+        block = case.build()
+        block.choice = mqa_config.on_hopper(block, n, h, w)
+        assert block.choice is not None
+        return case, block
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+    @pytest.mark.parametrize(
+        ("s", "n", "h", "w"),
+        [
+            (spec(kv_stride=2), 5, 16, 16),
+            (spec(kv_stride=2), 200, 16, 16),
+            (spec(kv_stride=2, padding="same"), 3, 13, 18),
+            (spec(kv_stride=2, residual=False), 3, 9, 7),
+            (spec(kv_stride=2), 3, 1, 1),
+            (LARGE, 3, 24, 24),
+            (spec(c=192, heads=5, key_dim=33, value_dim=48, kv_stride=2), 3, 23, 21),
+            (spec(c=192, heads=1, key_dim=48, value_dim=48, kv_stride=2), 2, 11, 25),
+            (spec(c=192, heads=2, key_dim=56, value_dim=48, kv_stride=2), 2, 20, 20),
+            (SMALL, 300, 8, 8),
+            (SMALL, 3, 7, 7),
+            (SMALL, 3, 12, 12),
+            (spec(c=256, heads=2, key_dim=40, value_dim=48), 3, 5, 6),
+            (spec(c=32, heads=3), 3, 9, 9),
+            (spec(c=64, heads=1), 3, 1, 1),
+            (spec(c=96, heads=3), 2, 8, 8),
+        ],
+        ids=str,
+    )
+    def test_block(self, s: MQASpec, n: int, h: int, w: int, dtype: torch.dtype) -> None:
+        case, block = self.block(s, dtype, n, h, w)
+        assert max(run_mqa(case, n, h, w, block)) <= 1
+
+    @pytest.mark.parametrize(("s", "side"), [(spec(kv_stride=2), 16), (LARGE, 24), (SMALL, 8)], ids=["16", "24", "8"])
+    def test_infinite_pixels_stay_in_their_image(self, s: MQASpec, side: int) -> None:
+        case, block = self.block(s, torch.float16, 3, side, side)
+        x = torch.randn(3, s.c, side, side, device="cuda").half().to(memory_format=torch.channels_last)
+        clean, out = (output(block, 3, side, side, torch.float16, "cuda") for _ in range(2))
+        block.run(x, clean)
+        x[1, 5, 2, 3] = float("inf")
+        block.run(x, out)
+        assert torch.equal(out[::2], clean[::2])
+        assert out[1].isnan().any()
+        assert case.reference(x, torch.float16)[1].isnan().any()
+
+    def test_whole_model(self) -> None:
+        """Also from the second call on, when all launches of a forward are one list."""
+        timm = pytest.importorskip("timm")
+        import mnv4_ops
+        from mnv4_ops.reference import randomize_
+
+        model = randomize_(timm.create_model("mobilenetv4_hybrid_medium")).eval().cuda().half()
+        model = model.to(memory_format=torch.channels_last)
+        x = torch.randn(64, 3, 224, 224, device="cuda").half().to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            plain, truth = model(x), model.float()(x.float())
+            model.half()
+            with mnv4_ops.enable():
+                outs = [model(x) for _ in range(3)]
+        allowed = 2 * (plain - truth).abs().max()
+        assert all((out - truth).abs().max() <= allowed for out in outs)
+
+    def test_new_parameters_are_seen(self) -> None:
+        s = spec(kv_stride=2)
+        first, block = self.block(s, torch.float16, 2, 16, 16)
+        assert max(run_mqa(first, 2, 16, 16, block)) <= 1
+        second = MQACase(s, torch.float16, "cuda", seed=1)
+        second.pack(block)
+        assert max(run_mqa(second, 2, 16, 16, block)) <= 1

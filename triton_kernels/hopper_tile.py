@@ -1,0 +1,179 @@
+"""Device functions of the kernels in Gluon: copies to shared memory, products of the tensor cores of Hopper.
+
+Gluon is Triton's language in which the place of every tile and every wait is chosen by the kernel. Weights come by the
+copy engine (one thread asks, nobody waits in line), everything else by asynchronous copies of the threads. Tiles have
+two pieces of channels where the channels are no power of two: `TWO`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.language.extra import cuda
+
+from .common import DEPENDENT
+
+async_copy, mbarrier, tma = hopper.async_copy, hopper.mbarrier, hopper.tma
+# renamed in triton 3.8
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@gluon.jit
+def begin(counters, i_first, ZERO: gl.constexpr, WARPS: gl.constexpr):
+    """`common.begin` and `common.clear_counters`."""
+    if DEPENDENT:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    if ZERO > 0:  # noqa: SIM102 - settled when compiling, the inner one on the device
+        if i_first == 0:
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+            gl.store(counters + gl.arange(0, ZERO, LAYOUT), gl.zeros([ZERO], gl.int32, LAYOUT))
+
+
+@gluon.jit
+def copy_rows(
+    tile, p, i_row, ROWS, STRIDE: gl.constexpr, COLUMNS: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr
+):
+    """Starts the copy of rows from `i_row` on, below ROWS, and COLUMNS columns to the tile; zeros beyond."""
+    N: gl.constexpr = tile.shape[0]
+    D: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    o_n = i_row + gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    p_t = p + o_n[:, None] * STRIDE + o_d[None, :]
+    if MASKED:
+        m = (o_n < ROWS)[:, None] & (o_d < COLUMNS)[None, :]
+        async_copy.async_copy_global_to_shared(tile, p_t, mask=m)
+    else:
+        async_copy.async_copy_global_to_shared(tile, p_t)
+
+
+@gluon.jit
+def copy_affine(tile, p, NP: gl.constexpr, WARPS: gl.constexpr):
+    """Starts the copy of columns of scale and shift."""
+    N: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [1, WARPS], [1, 0])
+    o_r = gl.arange(0, 2, gl.SliceLayout(1, LAYOUT))
+    o_n = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    async_copy.async_copy_global_to_shared(tile, p + o_r[:, None] * NP + o_n[None, :])
+
+
+@gluon.jit
+def copy_head(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
+    """Starts the copy of one head's columns of a projection, in two pieces of channels, once all warps are here."""
+    K0: gl.constexpr = tile0.shape[0]
+    D: gl.constexpr = tile0.shape[1]
+    mbarrier.expect(bar0, K0 * D * 2)
+    if TWO:
+        K1: gl.constexpr = tile1.shape[0]
+        mbarrier.expect(bar1, K1 * D * 2)
+    barrier()
+    tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar0, tile0)
+    if TWO:
+        tma.async_copy_global_to_shared(desc1, [i_h, K0, 0], bar1, tile1)
+
+
+@gluon.jit
+def copy_out(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
+    """Starts the copy of one head's rows of the output projection, once all warps are here."""
+    D: gl.constexpr = tile0.shape[0]
+    N0: gl.constexpr = tile0.shape[1]
+    mbarrier.expect(bar0, D * N0 * 2)
+    if TWO:
+        N1: gl.constexpr = tile1.shape[1]
+        mbarrier.expect(bar1, D * N1 * 2)
+    barrier()
+    tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar0, tile0)
+    if TWO:
+        tma.async_copy_global_to_shared(desc1, [i_h, 0, N0], bar1, tile1)
+
+
+@gluon.jit
+def await_copies(bar0, bar1, phase, TWO: gl.constexpr):
+    """What was copied may be read."""
+    mbarrier.wait(bar0, phase & 1)
+    if TWO:
+        mbarrier.wait(bar1, phase & 1)
+
+
+@gluon.jit
+def opaque_zero():
+    """0, unknown to the compiler, anew in every turn.
+
+    Places in shared memory that depend on it are computed where they are used. Known ones are hoisted out of the loop,
+    two registers for every single product.
+    """
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def publish():
+    """What was copied or stored may be read by the tensor cores, by all warps."""
+    hopper.fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def project(x_s0, x_s1, w_s0, w_s1, b_acc, TWO: gl.constexpr):
+    """Starts pixels times weights."""
+    b_acc = hopper.warpgroup_mma(x_s0, w_s0, b_acc, use_acc=False, is_async=True)
+    if TWO:
+        b_acc = hopper.warpgroup_mma(x_s1, w_s1, b_acc, is_async=True)
+    return b_acc
+
+
+@gluon.jit
+def load_pixels(p_x, o_p, NQ, i_k, C: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr):
+    """BLOCK_K channels from `i_k` on of pixels; zeros beyond NQ."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [WARPS, 1], [1, 0])
+    o_r = gl.convert_layout(o_p, gl.SliceLayout(1, LAYOUT))
+    o_k = i_k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+    return gl.load(p_x + o_r.to(gl.int64)[:, None] * C + o_k[None, :], mask=(o_r < NQ)[:, None], other=0.0)
+
+
+@gluon.jit
+def query_norm(norms, i_k, CP: gl.constexpr, b_x):
+    """Scale and shift of the norm before queries, laid out as the pixels `b_x`."""
+    BLOCK_K: gl.constexpr = b_x.shape[1]
+    o_k = i_k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, b_x.type.layout))
+    return gl.load(norms + 2 * CP + o_k), gl.load(norms + 3 * CP + o_k)
+
+
+@gluon.jit
+def normalise(b_x, b_scale, b_shift, tile):
+    """Stores normalised pixels to the tile."""
+    tile.store((b_x.to(gl.float32) * b_scale[None, :] + b_shift[None, :]).to(tile.dtype))
+
+
+@gluon.jit
+def as_operand(b_x, like: gl.constexpr):
+    """A product's result as the first operand of another one: the same registers."""
+    return gl.convert_layout(b_x, gl.DotOperandLayout(0, like, 2))
+
+
+@gluon.jit
+def halves(b_x):
+    """Left and right half of the columns: the same registers."""
+    BLOCK_P: gl.constexpr = b_x.shape[0]
+    D: gl.constexpr = b_x.shape[1]
+    return gl.split(gl.permute(gl.reshape(b_x, [BLOCK_P, 2, D // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def multiply(b_a, tile, b_acc, LIKE: gl.constexpr, SHORT: gl.constexpr, BEGIN: gl.constexpr):
+    """Starts [BLOCK_P, D] in registers times the tile [D, N]; with SHORT columns and rows from 48 on are zero.
+
+    Returns the accumulator and the operands to wait with.
+    """
+    if SHORT:
+        b_a0, b_a1 = halves(b_a)
+        b_a1, _ = halves(b_a1)
+        b_a0, b_a1 = as_operand(b_a0, LIKE), as_operand(b_a1, LIKE)
+        b_acc = hopper.warpgroup_mma(b_a0, tile.slice(0, 32, dim=0), b_acc, use_acc=not BEGIN, is_async=True)
+        b_acc = hopper.warpgroup_mma(b_a1, tile.slice(32, 16, dim=0), b_acc, is_async=True)
+    else:
+        b_a0 = as_operand(b_a, LIKE)
+        b_a1 = b_a0
+        b_acc = hopper.warpgroup_mma(b_a0, tile, b_acc, use_acc=not BEGIN, is_async=True)
+    return b_acc, b_a0, b_a1

@@ -1,0 +1,396 @@
+"""`mqa_kernel` for Hopper's tensor cores, written in Gluon; what is computed is what `mqa.py` says.
+
+A program has 64 pixels and four warps, so that two programs share a multiprocessor: one multiplies while the other
+takes exponentials. In one program the output projection of a head runs beside the softmax of the next, and weights are
+copied while the head before attends. 16-bit dtypes, heads of 64 columns (what lies beyond their channels is zero, not
+read, and with at most 48 channels left out of two of the four products).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_tile import (
+    as_operand,
+    async_copy,
+    await_copies,
+    barrier,
+    begin,
+    copy_affine,
+    copy_head,
+    copy_out,
+    copy_rows,
+    load_pixels,
+    mbarrier,
+    multiply,
+    normalise,
+    opaque_zero,
+    project,
+    publish,
+    query_norm,
+)
+
+
+@gluon.jit
+def _as_output(wq_s0, wq_s1, wo_s0, wo_s1):
+    """The buffers of queries' weights as such of the output's."""
+    DTYPE: gl.constexpr = wo_s0.dtype
+    D: gl.constexpr = wo_s0.shape[0]
+    N0: gl.constexpr = wo_s0.shape[1]
+    N1: gl.constexpr = wo_s1.shape[1]
+    return wq_s0._reinterpret(DTYPE, [D, N0], wo_s0.layout), wq_s1._reinterpret(DTYPE, [D, N1], wo_s1.layout)
+
+
+@gluon.jit
+def _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO: gl.constexpr, SHORT: gl.constexpr, WARPS: gl.constexpr):
+    """Starts a head's part of the output projection."""
+    N0: gl.constexpr = wo_s0.shape[1]
+    L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N0, 16])
+    b_acc0, b_a0, b_a1 = multiply(b_o, wo_s0, b_acc0, L_0, SHORT, False)
+    if TWO:
+        N1: gl.constexpr = wo_s1.shape[1]
+        L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N1, 16])
+        b_acc1, _, _ = multiply(b_o, wo_s1, b_acc1, L_1, SHORT, False)
+    else:
+        b_acc1 = b_acc0
+    return b_acc0, b_acc1, b_a0, b_a1
+
+
+@gluon.jit
+def _attend(
+    b_q,  # [BLOCK_P, DKP]
+    b_o,  # of the head before
+    b_acc0,
+    b_acc1,
+    x_s0,
+    x_s1,
+    wq_s0,
+    wq_s1,
+    wo_s0,
+    wo_s1,
+    k_s0,
+    k_s1,
+    v_s0,
+    v_s1,
+    q_bar0,
+    q_bar1,
+    o_bar0,
+    o_bar1,
+    desc_q0,
+    desc_q1,
+    desc_o0,
+    desc_o1,
+    p_x,
+    i_p,
+    i_h,
+    NQ,
+    NK,
+    scale,
+    C: gl.constexpr,
+    HEADS: gl.constexpr,
+    FULL: gl.constexpr,
+    INLINE: gl.constexpr,
+    FIRST: gl.constexpr,
+    TWO: gl.constexpr,  # pieces of channels
+    TWO_KEYS: gl.constexpr,
+    SHORT: gl.constexpr,  # heads of at most 48 channels
+    WARPS: gl.constexpr,
+):
+    """softmax(q k^T scale) v, [BLOCK_P, DVP] rounded, and the output projection of the head before.
+
+    That one runs while exponentials are taken, as does the copy of the weights of the next queries.
+    """
+    DTYPE: gl.constexpr = v_s0.dtype
+    BLOCK_P: gl.constexpr = b_q.shape[0]
+    KEYS0: gl.constexpr = k_s0.shape[0]
+    DVP: gl.constexpr = v_s0.shape[1]
+    L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS0, 16])
+    L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DVP, 16])
+    b_z0 = gl.zeros([BLOCK_P, KEYS0], gl.float32, L_0)
+    b_s0, b_q0, b_q1 = multiply(b_q, k_s0.permute((1, 0)), b_z0, L_0, SHORT, True)
+    if TWO_KEYS:
+        KEYS1: gl.constexpr = k_s1.shape[0]
+        L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS1, 16])
+        b_z1 = gl.zeros([BLOCK_P, KEYS1], gl.float32, L_1)
+        b_s1, _, _ = multiply(b_q, k_s1.permute((1, 0)), b_z1, L_1, SHORT, True)
+    if i_h + 1 < HEADS:
+        copy_head(wq_s0, wq_s1, desc_q0, desc_q1, i_h + 1, q_bar0, q_bar1, TWO)
+    else:
+        # the buffer of the last head's queries is free
+        copy_out(*_as_output(wq_s0, wq_s1, wo_s0, wo_s1), desc_o0, desc_o1, HEADS - 1, q_bar0, q_bar1, TWO)
+        # and so is that of the pixels, which are added in the end
+        N0: gl.constexpr = x_s0.shape[1]
+        copy_rows(x_s0, p_x, i_p, NQ, C, N0, True, WARPS)
+        if TWO:
+            N1: gl.constexpr = x_s1.shape[1]
+            copy_rows(x_s1, p_x + N0, i_p, NQ, C, N1, True, WARPS)
+        async_copy.commit_group()
+    if TWO_KEYS:
+        b_s0, b_s1, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_s1, b_q0, b_q1])
+        if FULL < 2:
+            o_1 = KEYS0 + gl.arange(0, KEYS1, gl.SliceLayout(0, L_1))
+            b_s1 = gl.where((o_1 < NK)[None, :], b_s1, float("-inf"))
+        b_m = gl.maximum(gl.max(b_s0, 1), gl.convert_layout(gl.max(b_s1, 1), gl.SliceLayout(1, L_0)))
+    else:
+        b_s0, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_q0, b_q1])
+        if FULL < 1:
+            b_s0 = gl.where((gl.arange(0, KEYS0, gl.SliceLayout(0, L_0)) < NK)[None, :], b_s0, float("-inf"))
+        b_m = gl.max(b_s0, 1)
+    # a row of -inf alone keeps its -inf scores: NaN only where torch has it
+    b_m = gl.where(b_m == float("-inf"), 0.0, b_m) * scale
+    if not FIRST:
+        await_copies(o_bar0, o_bar1, i_h - 1 + INLINE, TWO)
+        b_acc0, b_acc1, b_w0, b_w1 = _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
+    b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
+    b_l = gl.sum(b_p0, 1)
+    b_a0 = as_operand(b_p0.to(DTYPE), L_O)
+    b_r = gl.zeros([BLOCK_P, DVP], gl.float32, L_O)
+    b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
+    b_a1 = b_a0
+    if TWO_KEYS:
+        b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, L_1))
+        b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
+        b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, L_0))
+        b_a1 = as_operand(b_p1.to(DTYPE), L_O)
+        b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
+    if FIRST:
+        b_r, b_a0, b_a1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_a0, b_a1])
+    elif TWO:
+        b_r, b_acc0, b_acc1, b_a0, b_a1, b_w0, b_w1 = hopper.warpgroup_mma_wait(
+            0, deps=[b_r, b_acc0, b_acc1, b_a0, b_a1, b_w0, b_w1]
+        )
+    else:
+        b_r, b_acc0, b_a0, b_a1, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_acc0, b_a0, b_a1, b_w0, b_w1])
+        b_acc1 = b_acc0
+    b_r = b_r * gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, L_O))[:, None]
+    return b_r.to(DTYPE), b_acc0, b_acc1
+
+
+@gluon.jit
+def _affine_place(tile, N: gl.constexpr):
+    """The place of a tile, for two rows of N fp32."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    ROWS: gl.constexpr = tile.shape[0] * tile.shape[1] // (2 * N)
+    return tile._reinterpret(gl.float32, [ROWS, N], LAYOUT).slice(0, 2)
+
+
+@gluon.jit
+def _store(
+    b_acc, tile, affine, p_out, o_p, NQ, i_n,
+    C: gl.constexpr, RESIDUAL: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Scale, shift, residual (the pixels in `tile`, which is overwritten); one rounding."""
+    N: gl.constexpr = b_acc.shape[1]
+    L_ACC: gl.constexpr = b_acc.type.layout
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [WARPS, 1], [1, 0])
+    b_y = b_acc * affine.slice(0, 1).load(L_ACC) + affine.slice(1, 1).load(L_ACC)
+    if RESIDUAL:
+        b_y += tile.load(L_ACC).to(gl.float32)
+    tile.store(b_y.to(tile.dtype))
+    o_n = i_n + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    o_r = gl.convert_layout(o_p, gl.SliceLayout(1, LAYOUT))
+    p_y = p_out + o_r.to(gl.int64)[:, None] * C + o_n[None, :]
+    gl.store(p_y, tile.load(LAYOUT), mask=(o_r < NQ)[:, None])
+
+
+@gluon.jit(do_not_specialize=("TILES", "NQ", "NK"))
+def mqa_hopper_kernel(
+    x,
+    norms,
+    kv,  # [images, NK, DKP + DVP]
+    affine_out,
+    out,
+    counters_next,
+    TILES,  # of one image
+    NQ,
+    NK,
+    scale,
+    desc_q0,  # w as [heads of queries | key | value, C, channels of a head]
+    desc_q1,
+    desc_o0,  # w_out as [heads, channels of a head, C]
+    desc_o1,
+    C: gl.constexpr,
+    CP: gl.constexpr,
+    NP_OUT: gl.constexpr,
+    HEADS: gl.constexpr,
+    DKP: gl.constexpr,
+    DVP: gl.constexpr,
+    INLINE: gl.constexpr,  # 1: keys and values are made here: one tile holds all pixels of an image
+    RESIDUAL: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    BLOCK_C0: gl.constexpr,  # channels, in two pieces, those of the output too
+    BLOCK_C1: gl.constexpr,
+    KEYS0: gl.constexpr,
+    KEYS1: gl.constexpr,
+    SHORT: gl.constexpr,  # heads of at most 48 channels, of 64 columns
+    FULL: gl.constexpr,  # of the pieces of keys, how many have no key beyond NK
+    ZERO: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = x.dtype.element_ty
+    KV: gl.constexpr = DKP + DVP
+    TWO: gl.constexpr = BLOCK_C1 > 0
+    TWO_KEYS: gl.constexpr = KEYS1 > 0
+    i_t = gl.program_id(0)
+    begin(counters_next, i_t, ZERO, WARPS)
+    i_b = (i_t // TILES).to(gl.int64)
+    i_p = i_t % TILES * BLOCK_P
+    S_C0: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_C0, 128), 16)
+    S_C1: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_C1, 128), 16)
+    S_K: gl.constexpr = gl.NVMMASharedLayout(2 * DKP, 16)
+    S_V: gl.constexpr = gl.NVMMASharedLayout(2 * DVP, 16)
+    L_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DKP, 16])
+    L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DVP, 16])
+    L_C0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_C0, 16])
+    x_b0 = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, BLOCK_C0], S_C0)
+    wq_b0 = gl.allocate_shared_memory(DTYPE, [1, BLOCK_C0, DKP], S_K)
+    wo_b0 = gl.allocate_shared_memory(DTYPE, [1, DVP, BLOCK_C0], S_C0)
+    k_b0 = gl.allocate_shared_memory(DTYPE, [1, KEYS0, DKP], S_K)
+    v_b0 = gl.allocate_shared_memory(DTYPE, [1, KEYS0, DVP], S_V)
+    x_b1, wq_b1, wo_b1, k_b1, v_b1 = x_b0, wq_b0, wo_b0, k_b0, v_b0
+    if TWO:
+        x_b1 = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, BLOCK_C1], S_C1)
+        wq_b1 = gl.allocate_shared_memory(DTYPE, [1, BLOCK_C1, DKP], S_K)
+        wo_b1 = gl.allocate_shared_memory(DTYPE, [1, DVP, BLOCK_C1], S_C1)
+    if TWO_KEYS:
+        k_b1 = gl.allocate_shared_memory(DTYPE, [1, KEYS1, DKP], S_K)
+        v_b1 = gl.allocate_shared_memory(DTYPE, [1, KEYS1, DVP], S_V)
+    x_s0, wq_s0, wo_s0, k_s0, v_s0 = x_b0.index(0), wq_b0.index(0), wo_b0.index(0), k_b0.index(0), v_b0.index(0)
+    x_s1, wq_s1, wo_s1, k_s1, v_s1 = x_b1.index(0), wq_b1.index(0), wo_b1.index(0), k_b1.index(0), v_b1.index(0)
+    q_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    o_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    o_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    o_p = i_p + gl.arange(0, BLOCK_P, gl.SliceLayout(1, L_O))
+    p_x = x + i_b * NQ * C
+    b_x0 = load_pixels(p_x, o_p, NQ, 0, C, BLOCK_C0, WARPS)
+    b_scale0, b_shift0 = query_norm(norms, 0, CP, b_x0)
+    if TWO:
+        b_x1 = load_pixels(p_x, o_p, NQ, BLOCK_C0, C, BLOCK_C1, WARPS)
+        b_scale1, b_shift1 = query_norm(norms, BLOCK_C0, CP, b_x1)
+    mbarrier.init(q_bar0, count=1)
+    mbarrier.init(q_bar1, count=1)
+    mbarrier.init(o_bar0, count=1)
+    mbarrier.init(o_bar1, count=1)
+    if INLINE:
+        wk_s0 = gl.allocate_shared_memory(DTYPE, [BLOCK_C0, DKP], S_K)
+        wk_s1 = wk_s0
+        if TWO:
+            wk_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_C1, DKP], S_K)
+        k_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        k_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(k_bar0, count=1)
+        mbarrier.init(k_bar1, count=1)
+        wv_s0 = wo_s0._reinterpret(DTYPE, [BLOCK_C0, DVP], S_V)
+        wv_s1 = wv_s0
+        if TWO:
+            wv_s1 = wo_s1._reinterpret(DTYPE, [BLOCK_C1, DVP], S_V)
+        copy_head(wk_s0, wk_s1, desc_q0, desc_q1, HEADS, k_bar0, k_bar1, TWO)
+        copy_head(wv_s0, wv_s1, desc_q0, desc_q1, HEADS + 1, o_bar0, o_bar1, TWO)
+    copy_head(wq_s0, wq_s1, desc_q0, desc_q1, 0, q_bar0, q_bar1, TWO)
+    if not INLINE:
+        p_k = kv + i_b * NK * KV
+        copy_rows(k_s0, p_k, 0, NK, KV, DKP, FULL < 1, WARPS)
+        copy_rows(v_s0, p_k + DKP, 0, NK, KV, DVP, FULL < 1, WARPS)
+        if TWO_KEYS:
+            copy_rows(k_s1, p_k, KEYS0, NK, KV, DKP, FULL < 2, WARPS)
+            copy_rows(v_s1, p_k + DKP, KEYS0, NK, KV, DVP, FULL < 2, WARPS)
+        async_copy.commit_group()
+    normalise(b_x0, b_scale0, b_shift0, x_s0)
+    if TWO:
+        normalise(b_x1, b_scale1, b_shift1, x_s1)
+    if not INLINE:
+        async_copy.wait_group(0)
+    publish()
+    b_zq = gl.zeros([BLOCK_P, DKP], gl.float32, L_Q)
+    if INLINE:
+        await_copies(k_bar0, k_bar1, 0, TWO)
+        b_k = project(x_s0, x_s1, wk_s0, wk_s1, b_zq, TWO)
+        await_copies(o_bar0, o_bar1, 0, TWO)
+        b_v = project(x_s0, x_s1, wv_s0, wv_s1, gl.zeros([BLOCK_P, DVP], gl.float32, L_O), TWO)
+        await_copies(q_bar0, q_bar1, 0, TWO)
+        b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
+        b_k = hopper.warpgroup_mma_wait(2 + 2 * TWO, deps=[b_k])
+        k_s0.store(b_k.to(DTYPE))
+        # what lies beyond the image has the weight 0 and must not be inf
+        o_v = gl.arange(0, BLOCK_P, gl.SliceLayout(1, L_O))
+        b_v = hopper.warpgroup_mma_wait(1 + TWO, deps=[b_v])
+        v_s0.store(gl.where((o_v < NQ)[:, None], b_v, 0.0).to(DTYPE))
+        publish()
+    else:
+        await_copies(q_bar0, q_bar1, 0, TWO)
+        b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
+    b_q = hopper.warpgroup_mma_wait(0, deps=[b_q])
+    b_acc0 = gl.zeros([BLOCK_P, BLOCK_C0], gl.float32, L_C0)
+    b_acc1 = b_acc0
+    if TWO:
+        L_C1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_C1, 16])
+        b_acc1 = gl.zeros([BLOCK_P, BLOCK_C1], gl.float32, L_C1)
+    b_o, b_acc0, b_acc1 = _attend(
+        b_q.to(DTYPE), None, b_acc0, b_acc1, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
+        q_bar0, q_bar1, o_bar0, o_bar1, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, 0, NQ, NK, scale,
+        C, HEADS, FULL, INLINE, True, TWO, TWO_KEYS, SHORT, WARPS,
+    )  # fmt: skip
+    for i_h in range(1, HEADS):
+        z = opaque_zero()
+        x_s0, wq_s0, wo_s0, k_s0, v_s0 = x_b0.index(z), wq_b0.index(z), wo_b0.index(z), k_b0.index(z), v_b0.index(z)
+        x_s1, wq_s1, wo_s1, k_s1, v_s1 = x_b1.index(z), wq_b1.index(z), wo_b1.index(z), k_b1.index(z), v_b1.index(z)
+        copy_out(wo_s0, wo_s1, desc_o0, desc_o1, i_h - 1, o_bar0, o_bar1, TWO)
+        await_copies(q_bar0, q_bar1, i_h, TWO)
+        b_q = hopper.warpgroup_mma_wait(0, deps=[project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)])
+        b_o, b_acc0, b_acc1 = _attend(
+            b_q.to(DTYPE), b_o, b_acc0, b_acc1, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
+            q_bar0, q_bar1, o_bar0, o_bar1, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, i_h, NQ, NK, scale,
+            C, HEADS, FULL, INLINE, False, TWO, TWO_KEYS, SHORT, WARPS,
+        )  # fmt: skip
+    # scale and shift of the output, in the places of keys and values
+    a_s0 = _affine_place(k_b0.index(0), BLOCK_C0)
+    a_s1 = a_s0
+    barrier()
+    copy_affine(a_s0, affine_out, NP_OUT, WARPS)
+    if TWO:
+        a_s1 = _affine_place(v_b0.index(0), BLOCK_C1)
+        copy_affine(a_s1, affine_out + BLOCK_C0, NP_OUT, WARPS)
+    async_copy.commit_group()
+    await_copies(q_bar0, q_bar1, HEADS, TWO)
+    wl_s0, wl_s1 = _as_output(wq_b0.index(0), wq_b1.index(0), wo_b0.index(0), wo_b1.index(0))
+    b_acc0, b_acc1, b_w0, b_w1 = _output(b_o, wl_s0, wl_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
+    async_copy.wait_group(0)
+    barrier()
+    p_out = out + i_b * NQ * C
+    if TWO:
+        b_acc0, b_acc1, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_acc0, b_acc1, b_w0, b_w1])
+        _store(b_acc0, x_b0.index(0), a_s0, p_out, o_p, NQ, 0, C, RESIDUAL, WARPS)
+        _store(b_acc1, x_b1.index(0), a_s1, p_out, o_p, NQ, BLOCK_C0, C, RESIDUAL, WARPS)
+    else:
+        b_acc0, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_acc0, b_w0, b_w1])
+        _store(b_acc0, x_b0.index(0), a_s0, p_out, o_p, NQ, 0, C, RESIDUAL, WARPS)
+
+
+def descriptors(w: Tensor, w_out: Tensor, c: tuple[int, int], heads: int, dims: tuple[int, int, int]) -> dict[str, Any]:
+    """How the copy engine sees the packed weights; what it reads beyond a head's channels are zeros of its own.
+
+    `c`: pieces of the channels; `dims`: channels of a query and of a value, and the columns that both take in memory.
+    """
+    dk, dv, padded = dims
+    row, row_out = w.stride(0), w_out.stride(0)
+
+    def shared(columns: int) -> Any:
+        return gl.NVMMASharedLayout(min(2 * columns, 128), 16)
+
+    found = {}
+    for i, size in enumerate((c[0], c[1] or c[0])):
+        found[f"desc_q{i}"] = TensorDescriptor(
+            w, [heads + 2, sum(c), max(dk, dv)], [padded, row, 1], [1, size, padded], shared(padded)
+        )
+    for i, size in enumerate((c[0], c[1] or c[0])):
+        found[f"desc_o{i}"] = TensorDescriptor(
+            w_out, [heads, dv, sum(c)], [padded * row_out, row_out, 1], [1, padded, size], shared(size)
+        )
+    return found
