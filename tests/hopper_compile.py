@@ -67,9 +67,8 @@ def wrong_addresses(words: str) -> list[str]:
 
 def main() -> None:
     driver.set_active(Absent())
-    from triton_mqa_cases import MQACase
-
     from mnv4_ops.triton_kernels import hopper, mqa_config
+    from triton_mqa_cases import MQACase
 
     hopper.available = lambda: True
     for name, (spec, side) in blocks().items():

@@ -60,33 +60,28 @@ def copy_affine(tile, p, NP: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def copy_head(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
-    """Starts the copy of one head's columns of a projection, in two pieces of channels, once all warps are here."""
-    K0: gl.constexpr = tile0.shape[0]
-    D: gl.constexpr = tile0.shape[1]
-    mbarrier.expect(bar0, K0 * D * 2)
+def copy_pieces(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr, DIM: gl.constexpr):
+    """Starts the copy of one head's matrix, in pieces along DIM, once all warps are here."""
+    mbarrier.expect(bar0, tile0.shape[0] * tile0.shape[1] * 2)
     if TWO:
-        K1: gl.constexpr = tile1.shape[0]
-        mbarrier.expect(bar1, K1 * D * 2)
+        mbarrier.expect(bar1, tile1.shape[0] * tile1.shape[1] * 2)
     barrier()
     tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar0, tile0)
     if TWO:
-        tma.async_copy_global_to_shared(desc1, [i_h, K0, 0], bar1, tile1)
+        FIRST: gl.constexpr = tile0.shape[DIM]
+        tma.async_copy_global_to_shared(desc1, [i_h, FIRST * (1 - DIM), FIRST * DIM], bar1, tile1)
+
+
+@gluon.jit
+def copy_head(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
+    """Columns of a projection: pieces of rows."""
+    copy_pieces(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO, 0)
 
 
 @gluon.jit
 def copy_out(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
-    """Starts the copy of one head's rows of the output projection, once all warps are here."""
-    D: gl.constexpr = tile0.shape[0]
-    N0: gl.constexpr = tile0.shape[1]
-    mbarrier.expect(bar0, D * N0 * 2)
-    if TWO:
-        N1: gl.constexpr = tile1.shape[1]
-        mbarrier.expect(bar1, D * N1 * 2)
-    barrier()
-    tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar0, tile0)
-    if TWO:
-        tma.async_copy_global_to_shared(desc1, [i_h, 0, N0], bar1, tile1)
+    """Rows of the output projection: pieces of columns."""
+    copy_pieces(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO, 1)
 
 
 @gluon.jit
