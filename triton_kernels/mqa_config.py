@@ -9,7 +9,7 @@ A choice is {"fused": True, "chunk": 0, "ops": [Config, ...]} with one of these 
   strided convolutions, "mqa_depthwise_hopper" and "mqa_keys_hopper".
 
 "mqa" holds all keys of an image at once. Its loop over the heads must be pipelined: without (one stage, or a loop over
-blocks of keys inside) code for Hopper read outside of shared memory with triton 3.6; the cause is that of `hopper`.
+blocks of keys inside) triton 3.6 made code for Hopper that read outside of shared memory.
 
 `p` pixels (of "attention": rows), `k` input channels of a step, `n` columns of a tile of queries, of `pq` pixels;
 `keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels, `c0` + `c1` channels of both sides.
