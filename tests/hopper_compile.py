@@ -17,6 +17,8 @@ from triton.runtime.driver import driver
 
 from mnv4_ops.spec import MQASpec
 
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
 
 class Absent:
     """What the compiler asks a driver, answered for a GPU that is not there."""
@@ -49,11 +51,10 @@ def blocks() -> dict[str, tuple[MQASpec, int]]:
 
 def listing(cubin: bytes) -> str:
     """The machine program in words."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOL, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def wrong_addresses(words: str) -> list[str]:

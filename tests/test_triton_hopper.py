@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +12,13 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-import triton
+from hopper_compile import TOOL
 from mnv4_ops.triton_kernels import config, hopper, mqa_config, mqa_hopper_build
 from test_triton_kernels import gpu, run_lines
 from triton_cases import output
 from triton_mqa_cases import MQACase, run_mqa
 
 from mnv4_ops.spec import MQASpec
-
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def spec(**more: Any) -> MQASpec:
@@ -89,13 +86,9 @@ def test_few_pixels_and_biases_are_left_to_others(monkeypatch: pytest.MonkeyPatc
     block = MQACase(SMALL, torch.float16, "cpu").build()
     chosen = [cfg["path"] for cfg in mqa_config.formula(block, 1, 8, 8)["ops"]]
     assert "mqa_hopper" not in chosen
+    measured = mqa_config.on_hopper(block, 64, 8, 8)
     block.pack(4, torch.randn(64, 256), torch.ones(64))
     assert mqa_config.on_hopper(block, 64, 8, 8) is None
-    measured = {
-        "fused": True,
-        "chunk": 0,
-        "ops": mqa_config.on_hopper(MQACase(SMALL, torch.float16, "cpu").build(), 64, 8, 8)["ops"],
-    }
     assert mqa_config.fitted(measured, 49, 49) is not None
     assert mqa_config.fitted(measured, 81, 81) is None
     assert mqa_config.fitted(measured, 49, 49, biased=True) is None

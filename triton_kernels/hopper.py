@@ -32,13 +32,13 @@ def _version(tool: Any) -> tuple[int, ...]:
 @functools.cache
 def _assembler() -> str | None:
     """Path of an assembler that is new enough, "" where the usual one is, None without."""
-    for name, path in (("ptxas", ""), ("ptxas_blackwell", None)):
+    for name in ("ptxas", "ptxas_blackwell"):
         try:
             tool = getattr(knobs.nvidia, name)
         except (AttributeError, RuntimeError):
             continue
         if _version(tool) >= SOUND:
-            return tool.path if path is None else path
+            return "" if name == "ptxas" else tool.path
     return None
 
 

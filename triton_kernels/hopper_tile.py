@@ -32,10 +32,8 @@ def begin(counters, i_first, ZERO: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(
-    tile, p, i_row, ROWS, STRIDE: gl.constexpr, COLUMNS: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr
-):
-    """Starts the copy of rows from `i_row` on, below ROWS, and COLUMNS columns to the tile; zeros beyond."""
+def copy_rows(tile, p, i_row, ROWS, STRIDE: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr):
+    """Starts the copy of rows from `i_row` on to the tile; with MASKED zeros from ROWS on."""
     N: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -43,8 +41,7 @@ def copy_rows(
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     p_t = p + o_n[:, None] * STRIDE + o_d[None, :]
     if MASKED:
-        m = (o_n < ROWS)[:, None] & (o_d < COLUMNS)[None, :]
-        async_copy.async_copy_global_to_shared(tile, p_t, mask=m)
+        async_copy.async_copy_global_to_shared(tile, p_t, mask=(o_n < ROWS)[:, None])
     else:
         async_copy.async_copy_global_to_shared(tile, p_t)
 

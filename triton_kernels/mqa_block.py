@@ -7,14 +7,13 @@ of the heads and a 1x1; projections, attention and 1x1 as kernels of their own.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import hopper, mqa_config, mqa_hopper_build
-from .attention_op import build_attention, full_pieces
+from .attention_op import LOG2_E, build_attention, full_pieces
 from .block import LINEAR_TF32, Plan, _check, _link, _positive, _Runner
 from .build import Build, build_op, options, pad_before
 from .config import Config
@@ -24,7 +23,6 @@ from .plan import K_PAD, Op, Packed, batch_norm_affine, round_up
 
 # the stages of `pack`
 NORM, QUERY_NORM, QUERY, KEY_DOWN, KEY, VALUE_DOWN, VALUE, OUTPUT = range(8)
-LOG2_E = math.log2(math.e)
 
 
 class _Plan(Plan):
@@ -106,9 +104,9 @@ class MobileMQA(_Runner):
         self._norm = self._query_norm = (one, zero)
         # see `mqa_hopper_build.folded`; made here, since a call may be captured
         self.folded: tuple[Tensor, Tensor] | None = None
+        self._fill_norms()
         if self.down and dtype != torch.float32 and hopper.available():
             mqa_hopper_build.folded(self)
-        self._fill_norms()
         # whether a projection has a bias or a BatchNorm: timm's have neither
         self._affine: dict[int, bool] = {}
         self._wanted = {QUERY, KEY, VALUE, OUTPUT}
@@ -340,11 +338,7 @@ class MobileMQA(_Runner):
         self, cfg: Config, precision: str, attention: str, n: int, nq: int, nk: int, x: Any, kv: Any, out: Any
     ) -> Build:
         inline, share = bool(cfg.get("inline")), cfg.get("share", 0)
-        if inline and (nq > cfg["p"] or nk != nq or self.down):
-            raise ValueError(f"MobileMQA: expected a tile of all {nq} pixels, each with its own key, got {cfg}")
-        keys0, keys1 = (cfg["p"], 0) if inline else (cfg["keys0"], cfg["keys1"])
-        if keys0 + keys1 < nk:
-            raise ValueError(f"MobileMQA: expected all {nk} keys at once, got {cfg}")
+        keys0, keys1 = mqa_config.key_pieces(cfg, nq, nk, self.down)
         if cfg["stages"] < 2 and cfg["p"] >= 64:
             raise ValueError(f"MobileMQA: expected at least two stages for tiles of 64 pixels, got {cfg}")
         tiles = -(-nq // cfg["p"])

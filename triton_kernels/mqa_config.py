@@ -46,6 +46,23 @@ def keys(nk: int, most: int = MAX_KEYS) -> dict[str, int]:
     return {"keys0": k0, "keys1": k1}
 
 
+def key_pieces(cfg: Config, nq: int, nk: int, down: int) -> tuple[int, int]:
+    """Keys that a tile of an attending kernel meets at once, in two pieces; ValueError where these are not all."""
+    if cfg.get("inline"):
+        if nq > cfg["p"] or nk != nq or down:
+            raise ValueError(f"MobileMQA: expected a tile of all {nq} pixels, each with its own key, got {cfg}")
+        return cfg["p"], 0
+    if cfg["keys0"] + cfg["keys1"] < nk:
+        raise ValueError(f"MobileMQA: expected all {nk} keys at once, got {cfg}")
+    return cfg["keys0"], cfg["keys1"]
+
+
+def _hopper_keys(nk: int) -> tuple[int, int] | None:
+    """Pieces of keys for the kernel in Gluon; None where they are too many."""
+    k0, k1 = pieces(nk, 16)
+    return (k0, k1) if k0 + k1 <= HOPPER_KEYS else None
+
+
 def step(c: int, high: int = 64) -> int:
     """Channels of a step: at least 32, so that few pixels have loads of 16 bytes."""
     return min(high, max(32, config.piece_k(c, high)))
@@ -84,6 +101,7 @@ def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
     (hq, wq), (hk, wk) = runner.query_hw(h, w), runner.kv_hw(h, w)
     nq, nk = hq * wq, hk * wk
     c0, c1 = pieces(runner.c)
+    at_once = _hopper_keys(nk)
     if (
         not hopper.available()
         or runner.dtype == torch.float32
@@ -93,11 +111,11 @@ def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
         or c0 + c1 != runner.c
         or runner.c > 256
         or runner.down not in (0, 3)
-        or sum(pieces(nk, 16)) > HOPPER_KEYS
+        or at_once is None
     ):
         return None
     inline = not runner.down and nq <= 64
-    k0, k1 = (64, 0) if inline else pieces(nk, 16)
+    k0, k1 = (64, 0) if inline else at_once
     last = {
         "path": "mqa_hopper", "inline": int(inline), "p": 64, "keys0": k0, "keys1": k1, "c0": c0, "c1": c1, "warps": 4,
         "stages": 1,
@@ -164,15 +182,10 @@ def fitted(choice: Config, nq: int, nk: int, biased: bool = False) -> Config | N
             deep = cfg["keys0"] + cfg["keys1"] >= nk
             found = {**cfg, **keys(nk), "stages": cfg["stages"] if deep else 2}
         elif cfg["path"] == "mqa_hopper":
-            if (
-                not hopper.available()
-                or biased
-                or sum(pieces(nk, 16)) > HOPPER_KEYS
-                or (cfg["inline"] and nq > cfg["p"])
-            ):
+            at_once = _hopper_keys(nk)
+            if not hopper.available() or biased or at_once is None or (cfg["inline"] and nq > cfg["p"]):
                 return None
-            k0, k1 = pieces(nk, 16)
-            found = cfg if cfg["inline"] else {**cfg, "keys0": k0, "keys1": k1}
+            found = cfg if cfg["inline"] else {**cfg, "keys0": at_once[0], "keys1": at_once[1]}
         elif cfg["path"] == "attention" and cfg["keys1"] and cfg["keys0"] + cfg["keys1"] < nk:
             found = {**cfg, **keys(nk)}
         ops.append(found)

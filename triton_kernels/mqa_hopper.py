@@ -126,10 +126,9 @@ def _attend(
         copy_out(*_as_output(wq_s0, wq_s1, wo_s0, wo_s1), desc_o0, desc_o1, HEADS - 1, q_bar0, q_bar1, TWO)
         # and so is that of the pixels, which are added in the end
         N0: gl.constexpr = x_s0.shape[1]
-        copy_rows(x_s0, p_x, i_p, NQ, C, N0, True, WARPS)
+        copy_rows(x_s0, p_x, i_p, NQ, C, True, WARPS)
         if TWO:
-            N1: gl.constexpr = x_s1.shape[1]
-            copy_rows(x_s1, p_x + N0, i_p, NQ, C, N1, True, WARPS)
+            copy_rows(x_s1, p_x + N0, i_p, NQ, C, True, WARPS)
         async_copy.commit_group()
     if TWO_KEYS:
         b_s0, b_s1, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_s1, b_q0, b_q1])
@@ -296,11 +295,11 @@ def mqa_hopper_kernel(
     copy_head(wq_s0, wq_s1, desc_q0, desc_q1, 0, q_bar0, q_bar1, TWO)
     if not INLINE:
         p_k = kv + i_b * NK * KV
-        copy_rows(k_s0, p_k, 0, NK, KV, DKP, FULL < 1, WARPS)
-        copy_rows(v_s0, p_k + DKP, 0, NK, KV, DVP, FULL < 1, WARPS)
+        copy_rows(k_s0, p_k, 0, NK, KV, FULL < 1, WARPS)
+        copy_rows(v_s0, p_k + DKP, 0, NK, KV, FULL < 1, WARPS)
         if TWO_KEYS:
-            copy_rows(k_s1, p_k, KEYS0, NK, KV, DKP, FULL < 2, WARPS)
-            copy_rows(v_s1, p_k + DKP, KEYS0, NK, KV, DVP, FULL < 2, WARPS)
+            copy_rows(k_s1, p_k, KEYS0, NK, KV, FULL < 2, WARPS)
+            copy_rows(v_s1, p_k + DKP, KEYS0, NK, KV, FULL < 2, WARPS)
         async_copy.commit_group()
     normalise(b_x0, b_scale0, b_shift0, x_s0)
     if TWO:

@@ -5,15 +5,15 @@ The kernels are imported when first used: their language, Gluon, is not in every
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .attention_op import full_pieces
+from .attention_op import LOG2_E, full_pieces
 from .build import Build, options, pad_before
 from .config import Config
+from .mqa_config import key_pieces
 
 if TYPE_CHECKING:
     from .mqa_block import MobileMQA
@@ -49,10 +49,11 @@ def shift_table(taps: Tensor, shift: Tensor, constant: Tensor) -> Tensor:
     rows times a range of columns, a range [a, b) numbered by a, then by b: [k (k + 1) / 2, k (k + 1) / 2, 2, C].
     """
     k = taps.shape[1]
-    ranges = [(a, b) for a in range(k) for b in range(a + 1, k + 1)]
-    rows = torch.stack([taps[:, a:b].sum(1) for a, b in ranges])  # [ranges, 2, k, C]
-    sums = torch.stack([rows[:, :, a:b].sum(2) for a, b in ranges], 1)  # [ranges, ranges, 2, C]
-    return sums * shift + constant
+    ranges = [[a <= i < b for i in range(k)] for a in range(k) for b in range(a + 1, k + 1)]
+    inside = torch.tensor(ranges, device=taps.device)
+    # [ranges of rows, ranges of columns, 1, k, k, 1]
+    inside = (inside[:, None, :, None] & inside[:, None])[:, :, None, :, :, None]
+    return torch.where(inside, taps, 0).sum((3, 4)) * shift + constant
 
 
 def depthwise(runner: MobileMQA, cfg: Config, n: int, h: int, w: int, x: Any, out: Any) -> Build:
@@ -101,11 +102,7 @@ def attend(runner: MobileMQA, cfg: Config, n: int, nq: int, nk: int, x: Any, kv:
     from .mqa_hopper import mqa_hopper_kernel
 
     native, inline = runner.native, int(cfg["inline"])
-    if inline and (nq > cfg["p"] or nk != nq or runner.down):
-        raise ValueError(f"MobileMQA: expected a tile of all {nq} pixels, each with its own key, got {cfg}")
-    keys0, keys1 = (cfg["p"], 0) if inline else (cfg["keys0"], cfg["keys1"])
-    if keys0 + keys1 < nk:
-        raise ValueError(f"MobileMQA: expected all {nk} keys at once, got {cfg}")
+    keys0, keys1 = key_pieces(cfg, nq, nk, runner.down)
     tiles = -(-nq // cfg["p"])
     constants = {
         "C": runner.c, "CP": runner.norms.shape[1], "NP_OUT": runner.w_out.np, "HEADS": runner.heads,
@@ -115,7 +112,7 @@ def attend(runner: MobileMQA, cfg: Config, n: int, nq: int, nk: int, x: Any, kv:
         "FULL": full_pieces(keys0, keys1, nk), "ZERO": 0, "WARPS": cfg["warps"],
     }  # fmt: skip
     scalars = {
-        "TILES": tiles, "NQ": nq, "NK": nk, "scale": native["key_dim"] ** -0.5 * math.log2(math.e),
+        "TILES": tiles, "NQ": nq, "NK": nk, "scale": native["key_dim"] ** -0.5 * LOG2_E,
         **_descriptors(runner, cfg),
     }  # fmt: skip
     return Build(

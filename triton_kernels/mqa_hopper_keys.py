@@ -121,12 +121,12 @@ def mqa_keys_hopper_kernel(
     i_p = i_t.to(gl.int64) * BLOCK_P
     p_x = pixels + i_p * (2 * C) + i_v * C
     left = PK - i_t * BLOCK_P
-    copy_rows(x_s0, p_x, 0, left, 2 * C, BLOCK_C0, True, WARPS)
+    copy_rows(x_s0, p_x, 0, left, 2 * C, True, WARPS)
     x_s1, w_s1 = x_s0, w_s0
     if TWO:
         x_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_P, BLOCK_C1], S_C1)
         w_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_C1, DP], S_D)
-        copy_rows(x_s1, p_x + BLOCK_C0, 0, left, 2 * C, BLOCK_C1, True, WARPS)
+        copy_rows(x_s1, p_x + BLOCK_C0, 0, left, 2 * C, True, WARPS)
     async_copy.commit_group()
     mbarrier.init(bar0, count=1)
     mbarrier.init(bar1, count=1)
