@@ -45,6 +45,7 @@ def blocks() -> dict[str, tuple[MQASpec, int]]:
         "16x16x160": (MQASpec(c=160, heads=4, key_dim=64, value_dim=64, kv_stride=2), 16),
         "24x24x192": (MQASpec(c=192, heads=8, key_dim=48, value_dim=48, kv_stride=2), 24),
         "8x8x256": (MQASpec(c=256, heads=4, key_dim=64, value_dim=64), 8),
+        "12x12x512": (MQASpec(c=512, heads=8, key_dim=64, value_dim=64), 12),
         "10x10x96": (MQASpec(c=96, heads=2, key_dim=40, value_dim=56, residual=False), 10),
     }
 
@@ -79,7 +80,8 @@ def main() -> None:
             words = listing(compiled.asm["cubin"])
             line = {
                 "block": name, "kernel": compiled.name, "shared": compiled.metadata.shared,
-                "products": words.count(" HGMMA."), "wrong": wrong_addresses(words),
+                "products": words.count(" HGMMA."), "waits": words.count("WARPGROUP.DEPBAR"),
+                "wrong": wrong_addresses(words),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
 

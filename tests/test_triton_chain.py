@@ -35,6 +35,8 @@ def test_buffers_that_live_at_once_do_not_overlap(seed: int) -> None:
 class Start:
     """A launch that is ready: notes what it is started with."""
 
+    mapped = ()
+
     def __init__(self, log: list[Any], name: str, *pointers: tuple[str | None, int]) -> None:
         self.log, self.name, self.pointers = log, name, list(pointers)
 

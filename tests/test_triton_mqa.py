@@ -133,7 +133,7 @@ def test_a_choice_of_another_size_gets_its_keys() -> None:
     choice = mqa_config.formula(runner, 256, 16, 16)
     whole = choice["ops"][1]
     assert (whole["path"], whole["keys0"]) == ("mqa", 64)
-    fitted = mqa_config.fitted(choice, 28 * 28, 14 * 14)
+    fitted = mqa_config.fitted(runner, choice, 28 * 28, 14 * 14)
     assert fitted is not None
     assert fitted["ops"][1]["keys0"] + fitted["ops"][1]["keys1"] >= 196
     runner.plan(32, 28, 28, fitted)
@@ -141,11 +141,11 @@ def test_a_choice_of_another_size_gets_its_keys() -> None:
         runner.plan(32, 28, 28, choice)
     with pytest.raises(ValueError, match="two stages"):
         runner.plan(256, 16, 16, {**choice, "ops": [choice["ops"][0], {**whole, "stages": 1}]})
-    assert mqa_config.fitted(choice, 64 * 64, 32 * 32) is None
+    assert mqa_config.fitted(runner, choice, 64 * 64, 32 * 32) is None
     # more keys take the place of a third stage
     deep = {**choice, "ops": [choice["ops"][0], {**whole, "stages": 3}]}
     for side, keys, stages in ((16, 8, 3), (24, 12, 2)):
-        found = mqa_config.fitted(deep, side * side, keys * keys)
+        found = mqa_config.fitted(runner, deep, side * side, keys * keys)
         assert found is not None
         assert found["ops"][1]["stages"] == stages
 

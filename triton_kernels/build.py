@@ -37,11 +37,14 @@ class Build:
         split: int = 1,
         tile: int = 0,
         strip: tuple[int, Any] = (0, None),
+        early: bool = False,
     ) -> None:
         self.kernel, self.grid, self.addresses, self.scalars = kernel, grid, addresses, scalars
         self.constants, self.options, self.dummy = constants, options, dummy
         self.split, self._tile = split, tile
         self._strip_bytes, self._strip_dtype = strip
+        # gains by an early start however many programs it has, see `launch.dependent_programs`
+        self._early = early
         if split > 1 and self.tiles > MAX_COUNTERS:
             self.unsplit()
 
@@ -79,7 +82,8 @@ class Build:
             self.constants["ZERO"] = zero
         elif zero:
             raise AssertionError("a kernel that cannot zero counters comes before a split one")
-        early = early and math.prod(self.grid) <= dependent_programs()
+        most = dependent_programs()
+        early = most > 0 and (self._early or (early and math.prod(self.grid) <= most))
         return Launch(
             self.kernel, self.grid, self.addresses(partial, counters, following, strips),
             self.scalars, self.constants, self.options | ({"launch_pdl": True} if early else {}),

@@ -18,11 +18,20 @@ import torch
 from torch import Tensor
 
 from .block import Block, Head, Plan
-from .launch import current_stream, direct, interpreted
+from .launch import Mapped, current_stream, direct, interpreted
 from .plan import place
 
 X, OUT, ARENA, FIXED = range(4)
 Grid = tuple[int, int, int]
+Mappings = tuple[tuple[int, Mapped], ...]
+
+
+def _resolved(base: Sequence[int], addresses: list[tuple[int, int]], mapped: Mappings) -> list[Any]:
+    """A kernel's first arguments."""
+    found: list[Any] = [base[region] + offset for region, offset in addresses]
+    for i, how in mapped:
+        found[i] = how.at(found[i])
+    return found
 
 
 class Chain:
@@ -42,7 +51,7 @@ class Chain:
         self._size, self._device = size, device
         self._shape, self._dtype = shapes[-1], dtype
         self._format = torch.contiguous_format if len(shapes[-1]) == 2 else torch.channels_last
-        self._steps: list[tuple[Any, Grid, tuple[Any, ...], list[tuple[int, int]], tuple[Any, ...]]] = []
+        self._steps: list[tuple[Any, Grid, tuple[Any, ...], list[tuple[int, int]], Mappings, tuple[Any, ...]]] = []
         for i, plan in enumerate(plans):
             where = {
                 None: (FIXED, 0),
@@ -53,17 +62,16 @@ class Chain:
             for launch in plan.launches:
                 run, grid, head, pointers, tail = direct(launch)
                 addresses = [(where[name][0], where[name][1] + offset) for name, offset in pointers]
-                self._steps.append((run, grid, head, addresses, tail))
+                self._steps.append((run, grid, head, addresses, launch.mapped, tail))
         # (address of the arena, [(run, grid, arguments or None)])
         self._bound: tuple[int, list[tuple[Any, Grid, tuple[Any, ...] | None]]] | None = None
 
     def _bind(self, arena: int) -> list[tuple[Any, Grid, tuple[Any, ...] | None]]:
-        base = {ARENA: arena, FIXED: 0}
+        base = (0, 0, arena, 0)
         bound = []
-        for run, grid, head, addresses, tail in self._steps:
+        for run, grid, head, addresses, mapped, tail in self._steps:
             ends = any(region in (X, OUT) for region, _ in addresses)
-            args = None if ends else (*head, *(base[region] + offset for region, offset in addresses), *tail)
-            bound.append((run, grid, args))
+            bound.append((run, grid, None if ends else (*head, *_resolved(base, addresses, mapped), *tail)))
         self._bound = (arena, bound)
         return bound
 
@@ -79,8 +87,8 @@ class Chain:
         stream = current_stream(x.device.index)
         for i, (run, grid, args) in enumerate(bound):
             if args is None:
-                _, _, head, addresses, tail = self._steps[i]
-                args = (*head, *[base[region] + offset for region, offset in addresses], *tail)
+                _, _, head, addresses, mapped, tail = self._steps[i]
+                args = (*head, *_resolved(base, addresses, mapped), *tail)
             run(*grid, stream, *args)
         return out
 

@@ -21,7 +21,7 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 @gluon.jit
 def begin(counters, i_first, ZERO: gl.constexpr, WARPS: gl.constexpr):
-    """`common.begin` and `common.clear_counters`."""
+    """`common.begin` and `common.clear_counters`. What was there before the kernel before may be read before it."""
     if DEPENDENT:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

@@ -7,6 +7,7 @@ must keep the 16-byte alignment that they had when the kernel was compiled.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ __all__ = [
     "interpreted",
 ]
 
-# (name of a tensor of the call, offset in bytes, dtype), or a tensor that lives as long as the plan
-Arg = "Tensor | tuple[str, int, torch.dtype]"
+# (name of a tensor of the call, offset in bytes, dtype), a tensor that lives as long as the plan, or a Mapped
+Arg = "Tensor | tuple[str, int, torch.dtype] | Mapped"
 
 
 def interpreted() -> bool:
@@ -45,8 +46,8 @@ def interpreted() -> bool:
 def dependent_programs() -> int:
     """Of how many programs a kernel of one image may be that is started before the one before it has ended
     (programmatic dependent launch, see `common.begin`); 0 without. NVIDIA GPUs from compute capability 9.0 on, if all
-    are; MNV4_OPS_DEPENDENT_LAUNCH=0 forbids it. Kernels with more to do lose by it: their programs crowd where the
-    last ones of the kernel before have left room.
+    are; MNV4_OPS_DEPENDENT_LAUNCH=0 forbids it. Kernels with more to do lose by it, unless they say otherwise (see
+    `Build`): their programs crowd where the last ones of the kernel before have left room.
     """
     if interpreted() or torch.version.cuda is None:
         return 0
@@ -80,10 +81,45 @@ def direct(launch: Launch) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], 
     return run, grid, (function, *rest), pointers, tail
 
 
+class _Base:
+    """What a descriptor wants of a tensor."""
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class Mapped:
+    """A matrix at an address of the call as Hopper's copy engine sees it: rows without gaps, moved in blocks."""
+
+    __slots__ = ("_descriptor", "address")
+
+    def __init__(self, address: tuple[str, int, torch.dtype], shape: Sequence[int], block: Sequence[int]) -> None:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        self.address = address
+        bits = 8 * address[2].itemsize
+        layout = gl.NVMMASharedLayout(min(block[1] * address[2].itemsize, 128), bits)
+        self._descriptor = TensorDescriptor(_Base(0, address[2]), list(shape), [shape[1], 1], list(block), layout)
+
+    def at(self, address: int) -> Any:
+        """The kernel's argument, once the address is known."""
+        found = copy.copy(self._descriptor)
+        found.base = _Base(address, self.address[2])
+        return found
+
+
 class Launch:
     """One kernel start: `addresses` in the order of the kernel's first parameters, then `scalars`, then constants."""
 
-    __slots__ = ("_constants", "_fast", "_grid", "_kernel", "_options", "_plain", "_pointers", "_scalars", "_tail")
+    __slots__ = (
+        "_constants", "_fast", "_grid", "_kernel", "_mapped", "_options", "_plain", "_pointers", "_scalars", "_tail",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -96,20 +132,27 @@ class Launch:
     ) -> None:
         self._kernel, self._grid = kernel, grid
         self._plain = tuple(addresses)
-        self._pointers = [a if isinstance(a, tuple) else (None, a.data_ptr(), a.dtype) for a in addresses]
+        self._mapped = tuple((i, a) for i, a in enumerate(addresses) if isinstance(a, Mapped))
+        plain = [a.address if isinstance(a, Mapped) else a for a in addresses]
+        self._pointers = [a if isinstance(a, tuple) else (None, a.data_ptr(), a.dtype) for a in plain]
         self._scalars, self._constants, self._options = scalars, constants, options
         self._tail = (*scalars.values(), *constants.values())
         self._fast: Any = None
 
     def compile(self) -> Any:
         """Compiles without launching (fills Triton's cache); needs no tensors."""
-        args = [dtype for _, _, dtype in self._pointers]
+        args: list[Any] = [dtype for _, _, dtype in self._pointers]
+        for i, mapped in self._mapped:
+            args[i] = mapped.at(0)
         more = {**self._scalars, **self._constants, **self._options}
         return compiled_soundly(self._kernel, lambda: self._kernel.warmup(*args, grid=self._grid, **more))
 
     def first(self, tensors: dict[str, Tensor]) -> None:
         """Launches by Triton's own path and remembers the compiled kernel."""
-        args = [self._view(tensors, a) for a in self._plain]
+        args: list[Any] = [
+            a.at(tensors[a.address[0]].data_ptr() + a.address[1]) if isinstance(a, Mapped) else self._view(tensors, a)
+            for a in self._plain
+        ]
         more = {**self._scalars, **self._constants, **self._options}
         compiled = compiled_soundly(self._kernel, lambda: self._kernel[self._grid](*args, **more))
         if compiled is not None and hasattr(compiled, "packed_metadata"):
@@ -123,8 +166,15 @@ class Launch:
         """Launches the compiled kernel; `base` maps the names of the call's tensors to addresses, None to 0."""
         run, function, metadata = self._fast
         x, y, z = self._grid
-        addresses = [base[name] + offset for name, offset, _ in self._pointers]
+        addresses: list[Any] = [base[name] + offset for name, offset, _ in self._pointers]
+        for i, mapped in self._mapped:
+            addresses[i] = mapped.at(addresses[i])
         run(x, y, z, stream, function, metadata, None, None, None, *addresses, *self._tail)
+
+    @property
+    def mapped(self) -> tuple[tuple[int, Mapped], ...]:
+        """Which addresses the kernel takes by descriptors."""
+        return self._mapped
 
     def parts(self) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], list[tuple[Any, int]], tuple[Any, ...]]:
         """(function to call, grid, what follows grid and stream, addresses as (name, offset), what follows them)."""

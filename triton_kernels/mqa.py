@@ -5,8 +5,9 @@ of its own attends to them. `mqa_kernel` does the rest for a tile of query pixel
 attends, and feeds the result to the output projection, so that neither leaves the chip; for small maps it makes keys
 and values too. `mqa_output_kernel` undoes the pooling of queries before the output projection.
 
-The pre-norm is applied to the loaded pixels in fp32 and rounded as torch rounds it: folded into 16-bit weights it would
-cost precision, and before a padded depthwise convolution its shift counts for taps inside the image alone.
+The pre-norm is applied to the loaded pixels in fp32 and rounded as torch rounds it: folded into 16-bit weights it can
+cost precision (`mqa_hopper_build.unrest` says how much), and before a padded depthwise convolution its shift counts for
+taps inside the image alone.
 Matrices: `w` [C, heads of queries | key | value], every head padded to a power of two with zeros.
 """
 

@@ -25,6 +25,13 @@ from .plan import K_PAD, Op, Packed, batch_norm_affine, round_up
 NORM, QUERY_NORM, QUERY, KEY_DOWN, KEY, VALUE_DOWN, VALUE, OUTPUT = range(8)
 
 
+def _moments(c: int, device: Any, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance that a BatchNorm has seen, [c] float64."""
+    if mean is None or var is None:
+        return torch.zeros(c, dtype=torch.float64, device=device), torch.ones(c, dtype=torch.float64, device=device)
+    return mean.detach().double(), var.detach().double()
+
+
 class _Plan(Plan):
     """Ends with small tiles, not with an error, where the chosen path does not fit on the device.
 
@@ -36,7 +43,7 @@ class _Plan(Plan):
         self._last = last
 
     def smaller(self, failed: int) -> Config:
-        if any(cfg["path"] in ("mqa", "mqa_hopper") for cfg in self.choice["ops"]):
+        if any(cfg["path"] == "mqa" or cfg["path"].endswith("hopper") for cfg in self.choice["ops"]):
             return self._last
         try:
             return super().smaller(failed)
@@ -102,11 +109,12 @@ class MobileMQA(_Runner):
         self.taps = torch.zeros(2, self.down**2 + 1, cp if self.down else 1, dtype=torch.float32, device=self.device)
         one, zero = (f(c, dtype=torch.float64, device=self.device) for f in (torch.ones, torch.zeros))
         self._norm = self._query_norm = (one, zero)
-        # see `mqa_hopper_build.folded`; made here, since a call may be captured
-        self.folded: tuple[Tensor, Tensor] | None = None
+        # mean and variance of the pixels, see `mqa_hopper_build.unrest`
+        self.moments = (zero, one)
+        # what only the kernels in Gluon want
+        self.folded: tuple[Tensor, ...] | None = None
+        self.steady = True
         self._fill_norms()
-        if self.down and dtype != torch.float32 and hopper.available():
-            mqa_hopper_build.folded(self)
         # whether a projection has a bias or a BatchNorm: timm's have neither
         self._affine: dict[int, bool] = {}
         self._wanted = {QUERY, KEY, VALUE, OUTPUT}
@@ -141,12 +149,20 @@ class MobileMQA(_Runner):
             self._pack(stage, weight, (bias, bn_weight, bn_bias, bn_mean, bn_var, eps), gamma)
         self._open.discard(stage)
         self._missing = bool(self._open)
+        if not self._missing and self.dtype != torch.float32 and hopper.available():
+            # here, since a call may be captured
+            steady = self.steady
+            mqa_hopper_build.fold(self)
+            if self.steady != steady:
+                self._plans.clear()
+            # a kernel between the parameters' and the block's, which may read them before the one before it has ended
+            torch.zeros(1, device=self.device)
 
     def _pack(self, stage: int, weight: Tensor | None, norm: tuple[Any, ...], gamma: Tensor | None) -> None:
         if stage in (NORM, QUERY_NORM):
             folded = batch_norm_affine(self.c, self.device, *norm)
             if stage == NORM:
-                self._norm = folded
+                self._norm, self.moments = folded, _moments(self.c, self.device, *norm[3:5])
             else:
                 self._query_norm = folded
             self._fill_norms()
@@ -173,7 +189,6 @@ class MobileMQA(_Runner):
             taps, k = self.taps[int(stage == VALUE_DOWN)], self.down
             taps[: k * k, : self.c].copy_((weight.detach().double().reshape(self.c, k * k) * scale[:, None]).t())
             taps[k * k, : self.c].copy_(shift)
-            mqa_hopper_build.fold(self)
         elif stage == OUTPUT:
             wide = weight.new_zeros(self.c, self.heads, self.dv)
             wide[:, :, : n["value_dim"]] = weight.detach().reshape(self.c, self.heads, n["value_dim"])
@@ -197,7 +212,6 @@ class MobileMQA(_Runner):
         (scale, shift), (scale_q, shift_q) = self._norm, self._query_norm
         for row, values in zip(self.norms, (scale, shift, scale * scale_q, shift * scale_q + shift_q), strict=True):
             row[: self.c].copy_(values)
-        mqa_hopper_build.fold(self)
 
     @property
     def stages(self) -> frozenset[int]:
@@ -243,7 +257,7 @@ class MobileMQA(_Runner):
             (hq, wq), (hk, wk) = self.query_hw(h, w), self.kv_hw(h, w)
             # a choice in Gluon has one for where that is not to be had beside it
             ways = (found, found.get("otherwise"))
-            fitted = (mqa_config.fitted(way, hq * wq, hk * wk, self.biased) for way in ways if way is not None)
+            fitted = (mqa_config.fitted(self, way, hq * wq, hk * wk) for way in ways if way is not None)
             found = next(filter(None, fitted), None)
         return found or mqa_config.formula(self, n, h, w, allow_tf32, self._sms())
 
@@ -261,12 +275,16 @@ class MobileMQA(_Runner):
         paths = [cfg["path"] for cfg in configs]
         # a region that nothing uses takes no memory
         deeper = paths[0] == "mqa_depthwise_hopper"
-        used = [deeper or "mqa_project" in paths, "attention" in paths, len(paths) == 3 and not deeper, deeper]
+        straight = paths[0] == "mqa_project_hopper"
+        sizes.append(hk * wk * (self.heads + 2) * self.dk)
+        used = [
+            deeper or "mqa_project" in paths, "attention" in paths, len(paths) == 3 and not deeper, deeper, straight
+        ]  # fmt: skip
         places, tail = [], 0
         for size, is_used in zip(sizes, used, strict=True):
             places.append(("scratch", tail, self.dtype))
             tail += round_up(n * size * item, 256) * is_used
-        kv, q, o, deep = places
+        kv, q, o, deep, qkv = places
         x, out = ("x", 0, self.dtype), ("out", 0, self.dtype)
         precision, attention = self._precision(allow_tf32), "ieee"
         if self.dtype == torch.float32 and allow_tf32 & LINEAR_TF32:
@@ -284,6 +302,12 @@ class MobileMQA(_Runner):
                 built.append(mqa_hopper_build.depthwise(self, cfg, n, h, w, x, deep))
             elif cfg["path"] == "mqa_hopper":
                 built.append(mqa_hopper_build.attend(self, cfg, n, hq * wq, hk * wk, x, kv, out))
+            elif cfg["path"] == "mqa_project_hopper":
+                built.append(mqa_hopper_build.project(self, cfg, n * hk * wk, x, qkv))
+            elif cfg["path"] == "attention_hopper":
+                built.append(mqa_hopper_build.attention(self, cfg, n, hk * wk, qkv, o))
+            elif cfg["path"] == "pointwise_hopper":
+                built.append(mqa_hopper_build.output(self, cfg, n * hq * wq, o, x, out))
             elif cfg["path"] == "attention":
                 k = self.dk
                 built.append(

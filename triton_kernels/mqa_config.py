@@ -6,13 +6,15 @@ A choice is {"fused": True, "chunk": 0, "ops": [Config, ...]} with one of these 
 - "mqa_project", "mqa": keys and values first; with `share` (heads of one program) a "pointwise" follows;
 - "mqa_project" with `q`, "attention", then "pointwise", or "mqa_output" where the queries are pooled;
 - on Hopper "mqa_hopper" in the place of "mqa", with `inline` or after "mqa_project" or, for keys and values with
-  strided convolutions, "mqa_depthwise_hopper" and "mqa_keys_hopper".
+  strided convolutions, "mqa_depthwise_hopper" and "mqa_keys_hopper"; for blocks of more channels "mqa_project_hopper",
+  "attention_hopper" and "pointwise_hopper".
 
 "mqa" holds all keys of an image at once. Its loop over the heads must be pipelined: without (one stage, or a loop over
 blocks of keys inside) triton 3.6 made code for Hopper that read outside of shared memory.
 
 `p` pixels (of "attention": rows), `k` input channels of a step, `n` columns of a tile of queries, of `pq` pixels;
-`keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels, `c0` + `c1` channels of both sides.
+`keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels, `c0` + `c1` channels of both sides; `j`
+columns that a thread walks, `turns` tiles of a program, `pieces` of columns of an epilogue.
 """
 
 from __future__ import annotations
@@ -96,6 +98,27 @@ def attention(p: int, keys0: int, keys1: int, warps: int, stages: int) -> Config
     return {"path": "attention", "p": p, "keys0": keys0, "keys1": keys1, "warps": warps, "stages": stages}
 
 
+def straight(runner: MobileMQA) -> bool:
+    """Whether 1x1 convolutions of `pointwise_hopper` serve on both sides: the weights of 128 columns have room beside
+    pixels, and there are more steps than pieces of an epilogue.
+    """
+    widths = (runner.c, runner.heads * runner.dv)
+    return not runner.down and runner.c % 8 == 0 and all(256 < width <= 512 for width in widths)
+
+
+def _in_three(tiles: int, keys0: int, keys1: int, sms: int) -> Config:
+    """Projections, attention to so many tiles of 64 rows, output projection."""
+    # three programs share a multiprocessor, four where there are enough of them for all
+    turns = min(max(round(tiles / (3 * sms)), 1), 3)
+    attend = {"path": "attention_hopper", "p": 64, "turns": turns, "keys0": keys0, "keys1": keys1}
+    attend |= {"regs": 168 if tiles < 4 * sms * turns else 0, "warps": 4, "stages": 1}
+    first, last = (
+        {"path": path, "p": 128, "n": 128, "k": 64, "pieces": 4, "warps": 8, "stages": stages}
+        for path, stages in (("mqa_project_hopper", 5), ("pointwise_hopper", 4))
+    )
+    return _list(first, attend, last)
+
+
 def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
     """The kernels in Gluon; None where they do not serve."""
     (hq, wq), (hk, wk) = runner.query_hw(h, w), runner.kv_hw(h, w)
@@ -108,11 +131,12 @@ def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
         or runner.biased
         or runner.native["query_stride"] > 1
         or not runner.dk == runner.dv == 64
-        or c0 + c1 != runner.c
-        or runner.c > 256
-        or runner.down not in (0, 3)
         or at_once is None
     ):
+        return None
+    if straight(runner):
+        return _in_three(n * -(-nq * runner.heads // 64), *at_once, runner._sms()) if runner.steady else None
+    if c0 + c1 != runner.c or runner.c > 256 or runner.down not in (0, 3):
         return None
     inline = not runner.down and nq <= 64
     k0, k1 = (64, 0) if inline else at_once
@@ -124,8 +148,7 @@ def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
         return _list(last)
     if not runner.down:
         return _list(project(32, step(runner.c), stages=3), last)
-    few = n * nk < 2048
-    depthwise = {"path": "mqa_depthwise_hopper", "p": 32 if few else 64, "k": 64, "warps": 4, "stages": 1}
+    depthwise = {"path": "mqa_depthwise_hopper", "p": 8, "j": 4, "k": 64, "warps": 4, "stages": 3}
     made = {"path": "mqa_keys_hopper", "p": 64, "c0": c0, "c1": c1, "warps": 4, "stages": 1}
     return _list(depthwise, made, last)
 
@@ -167,7 +190,7 @@ def formula(runner: MobileMQA, n: int, h: int, w: int, allow_tf32: int = 0, sms:
     return _list(first, attention(rows, *keys(nk).values(), 8 if rows == 128 else 4, 2), last)
 
 
-def fitted(choice: Config, nq: int, nk: int, biased: bool = False) -> Config | None:
+def fitted(runner: MobileMQA, choice: Config, nq: int, nk: int) -> Config | None:
     """A choice measured for another map, with the keys at once that this one needs; None where its path takes fewer."""
     ops = []
     for cfg in choice["ops"]:
@@ -181,15 +204,17 @@ def fitted(choice: Config, nq: int, nk: int, biased: bool = False) -> Config | N
             # more keys in shared memory may leave no room for three stages
             deep = cfg["keys0"] + cfg["keys1"] >= nk
             found = {**cfg, **keys(nk), "stages": cfg["stages"] if deep else 2}
-        elif cfg["path"] == "mqa_hopper":
-            at_once = _hopper_keys(nk)
-            if not hopper.available() or biased or at_once is None or (cfg["inline"] and nq > cfg["p"]):
+        elif cfg["path"] in ("mqa_hopper", "attention_hopper"):
+            at_once, inline = _hopper_keys(nk), cfg.get("inline")
+            if not hopper.available() or runner.biased or at_once is None or (inline and nq > cfg["p"]):
                 return None
-            found = cfg if cfg["inline"] else {**cfg, "keys0": at_once[0], "keys1": at_once[1]}
+            found = cfg if inline else {**cfg, "keys0": at_once[0], "keys1": at_once[1]}
+        elif cfg["path"] == "mqa_project_hopper" and not runner.steady:
+            return None
         elif cfg["path"] == "attention" and cfg["keys1"] and cfg["keys0"] + cfg["keys1"] < nk:
             found = {**cfg, **keys(nk)}
         ops.append(found)
     return {**choice, "ops": ops}
 
 
-__all__ = ["attention", "fitted", "formula", "keys", "project", "small", "step", "width"]
+__all__ = ["attention", "fitted", "formula", "keys", "project", "small", "step", "straight", "width"]

@@ -26,6 +26,7 @@ from .hopper_tile import (
     copy_head,
     copy_out,
     copy_rows,
+    halves,
     load_pixels,
     mbarrier,
     multiply,
@@ -100,6 +101,7 @@ def _attend(
     TWO: gl.constexpr,  # pieces of channels
     TWO_KEYS: gl.constexpr,
     SHORT: gl.constexpr,  # heads of at most 48 channels
+    ONES: gl.constexpr,  # values have a column of ones behind these, which makes the sum of the weights
     WARPS: gl.constexpr,
 ):
     """softmax(q k^T scale) v, [BLOCK_P, DVP] rounded, and the output projection of the head before.
@@ -147,7 +149,8 @@ def _attend(
         await_copies(o_bar0, o_bar1, i_h - 1 + INLINE, TWO)
         b_acc0, b_acc1, b_w0, b_w1 = _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
     b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
-    b_l = gl.sum(b_p0, 1)
+    if not ONES:
+        b_l = gl.sum(b_p0, 1)
     b_a0 = as_operand(b_p0.to(DTYPE), L_O)
     b_r = gl.zeros([BLOCK_P, DVP], gl.float32, L_O)
     b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
@@ -155,7 +158,8 @@ def _attend(
     if TWO_KEYS:
         b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, L_1))
         b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
-        b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, L_0))
+        if not ONES:
+            b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, L_0))
         b_a1 = as_operand(b_p1.to(DTYPE), L_O)
         b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
     if FIRST:
@@ -167,6 +171,11 @@ def _attend(
     else:
         b_r, b_acc0, b_a0, b_a1, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_acc0, b_a0, b_a1, b_w0, b_w1])
         b_acc1 = b_acc0
+    if ONES:
+        # the other columns beyond the channels are zero
+        _, b_half = halves(b_r)
+        _, b_quarter = halves(b_half)
+        b_l = gl.sum(b_quarter, 1)
     b_r = b_r * gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, L_O))[:, None]
     return b_r.to(DTYPE), b_acc0, b_acc1
 
@@ -228,6 +237,7 @@ def mqa_hopper_kernel(
     KEYS0: gl.constexpr,
     KEYS1: gl.constexpr,
     SHORT: gl.constexpr,  # heads of at most 48 channels, of 64 columns
+    ONES: gl.constexpr,  # values have a column of ones behind the 48
     FULL: gl.constexpr,  # of the pieces of keys, how many have no key beyond NK
     ZERO: gl.constexpr,
     WARPS: gl.constexpr,
@@ -237,7 +247,8 @@ def mqa_hopper_kernel(
     TWO: gl.constexpr = BLOCK_C1 > 0
     TWO_KEYS: gl.constexpr = KEYS1 > 0
     i_t = gl.program_id(0)
-    begin(counters_next, i_t, ZERO, WARPS)
+    if INLINE:
+        begin(counters_next, i_t, ZERO, WARPS)
     i_b = (i_t // TILES).to(gl.int64)
     i_p = i_t % TILES * BLOCK_P
     S_C0: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_C0, 128), 16)
@@ -294,6 +305,8 @@ def mqa_hopper_kernel(
         copy_head(wv_s0, wv_s1, desc_q0, desc_q1, HEADS + 1, o_bar0, o_bar1, TWO)
     copy_head(wq_s0, wq_s1, desc_q0, desc_q1, 0, q_bar0, q_bar1, TWO)
     if not INLINE:
+        # the kernel before made keys and values alone; pixels are from before it, and it has waited for them
+        begin(counters_next, i_t, ZERO, WARPS)
         p_k = kv + i_b * NK * KV
         copy_rows(k_s0, p_k, 0, NK, KV, FULL < 1, WARPS)
         copy_rows(v_s0, p_k + DKP, 0, NK, KV, FULL < 1, WARPS)
@@ -334,7 +347,7 @@ def mqa_hopper_kernel(
     b_o, b_acc0, b_acc1 = _attend(
         b_q.to(DTYPE), None, b_acc0, b_acc1, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
         q_bar0, q_bar1, o_bar0, o_bar1, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, 0, NQ, NK, scale,
-        C, HEADS, FULL, INLINE, True, TWO, TWO_KEYS, SHORT, WARPS,
+        C, HEADS, FULL, INLINE, True, TWO, TWO_KEYS, SHORT, ONES, WARPS,
     )  # fmt: skip
     for i_h in range(1, HEADS):
         z = opaque_zero()
@@ -346,7 +359,7 @@ def mqa_hopper_kernel(
         b_o, b_acc0, b_acc1 = _attend(
             b_q.to(DTYPE), b_o, b_acc0, b_acc1, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
             q_bar0, q_bar1, o_bar0, o_bar1, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, i_h, NQ, NK, scale,
-            C, HEADS, FULL, INLINE, False, TWO, TWO_KEYS, SHORT, WARPS,
+            C, HEADS, FULL, INLINE, False, TWO, TWO_KEYS, SHORT, ONES, WARPS,
         )  # fmt: skip
     # scale and shift of the output, in the places of keys and values
     a_s0 = _affine_place(k_b0.index(0), BLOCK_C0)

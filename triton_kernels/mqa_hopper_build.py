@@ -13,33 +13,63 @@ from torch import Tensor
 from .attention_op import LOG2_E, full_pieces
 from .build import Build, options, pad_before
 from .config import Config
-from .mqa_config import key_pieces
+from .launch import Mapped
+from .mqa_config import key_pieces, straight
 
 if TYPE_CHECKING:
     from .mqa_block import MobileMQA
 
 
-def folded(runner: MobileMQA) -> tuple[Tensor, Tensor]:
-    """The convolutions of keys and values with the pre-norm in them, fp32."""
-    if runner.folded is None:
-        k, cp = runner.down, runner.norms.shape[1]
-        ranges = k * (k + 1) // 2
-        runner.folded = (
-            torch.empty(2, k * k, cp, dtype=torch.float32, device=runner.device),
-            torch.empty(ranges, ranges, 2, cp, dtype=torch.float32, device=runner.device),
-        )
-        fold(runner)
-    return runner.folded
+# see `unrest`
+MAX_UNREST = 1.5
 
 
 def fold(runner: MobileMQA) -> None:
-    """Fills what `folded` has made, after a change of the norm or of a convolution."""
-    if runner.folded is None:
+    """Fills `runner.folded`, parameters with the pre-norm in them, once all stages are packed and after each change.
+
+    With strided convolutions: their taps [2, k * k, CP] and `shift_table`, fp32. For `mqa_config.straight` blocks: the
+    matrix of all projections [KP, NP] in 16 bits and what the shift adds [1, NP], fp32.
+    """
+    k, cp, w = runner.down, runner.norms.shape[1], runner.w
+    if not k and not straight(runner):
         return
-    k, taps = runner.down, runner.taps.double()
-    kernels = taps[:, : k * k].unflatten(1, (k, k))
-    runner.folded[0].copy_(taps[:, : k * k] * runner.norms[0].double())
-    runner.folded[1].copy_(shift_table(kernels, runner.norms[1].double(), taps[:, k * k]))
+    if runner.folded is None:
+        ranges = k * (k + 1) // 2
+        shapes = [(2, k * k, cp), (ranges, ranges, 2, cp)] if k else [w.w.shape, (1, w.np)]
+        types = [torch.float32 if k else runner.dtype, torch.float32]
+        runner.folded = tuple(
+            torch.zeros(shape, dtype=dtype, device=runner.device) for shape, dtype in zip(shapes, types, strict=True)
+        )
+    norms = runner.norms.double()
+    if k:
+        taps = runner.taps.double()
+        runner.folded[0].copy_(taps[:, : k * k] * norms[0])
+        runner.folded[1].copy_(shift_table(taps[:, : k * k].unflatten(1, (k, k)), norms[1], taps[:, k * k]))
+        return
+    queries, matrix, norms = runner.heads * runner.dk, w.w[: runner.c].double(), norms[:, : runner.c]
+    for columns, scale, shift in ((slice(queries), *norms[2:]), (slice(queries, None), *norms[:2])):
+        runner.folded[0][: runner.c, columns].copy_(matrix[:, columns] * scale[:, None])
+        runner.folded[1][0, columns].copy_(shift @ matrix[:, columns])
+    runner.steady = all(unrest(norms[i], norms[i + 1], *runner.moments) <= MAX_UNREST for i in (0, 2))
+
+
+def _folded(runner: MobileMQA) -> tuple[Tensor, ...]:
+    """Also where a choice was made by hand for a device on which it would not run."""
+    if runner.folded is None:
+        fold(runner)
+    assert runner.folded is not None
+    return runner.folded
+
+
+def unrest(scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> float:
+    """Error of products with 16-bit weights that hold a norm's scale, over that with pixels rounded after the norm.
+
+    The rounding of a weight counts as often as what it meets: `scale` times a pixel of this mean and variance there, a
+    pixel after the norm, shifted by `shift`, here. 1 without a mean and a shift, about 3 for a mean of three standard
+    deviations that the norm takes away.
+    """
+    raw, normal = scale**2 * (mean**2 + var), scale**2 * var + (scale * mean + shift) ** 2
+    return float((raw.sum() / normal.sum()).sqrt())
 
 
 def shift_table(taps: Tensor, shift: Tensor, constant: Tensor) -> Tensor:
@@ -62,15 +92,15 @@ def depthwise(runner: MobileMQA, cfg: Config, n: int, h: int, w: int, x: Any, ou
 
     (hk, wk), stride = runner.kv_hw(h, w), runner.native["kv_stride"]
     pads = [pad_before(size, runner.down, stride, runner.native["padding"]) for size in (h, w)]
-    pixels = n * hk * wk
-    scalars = {"PK": pixels, "H": h, "W": w, "HK": hk, "WK": wk, "PAD_Y": pads[0], "PAD_X": pads[1]}
+    tables, rows, j = _folded(runner), n * hk, min(cfg.get("j", 4), wk)
+    scalars = {"ROWS": rows, "H": h, "W": w, "HK": hk, "WK": wk, "PAD_Y": pads[0], "PAD_X": pads[1]}
     constants = {
         "C": runner.c, "CP": runner.norms.shape[1], "KERNEL": runner.down, "STRIDE": stride, "BLOCK_P": cfg["p"],
-        "BLOCK_K": cfg["k"], "ZERO": 0, "WARPS": cfg["warps"],
+        "BLOCK_J": j, "BLOCK_K": cfg["k"], "AHEAD": min(cfg["stages"], j) - 1, "ZERO": 0, "WARPS": cfg["warps"],
     }  # fmt: skip
     return Build(
-        mqa_depthwise_hopper_kernel, (-(-pixels // cfg["p"]), -(-runner.c // cfg["k"]), 1),
-        lambda p, c, z, s: [x, *folded(runner), out, z], scalars, constants, options(cfg), runner.norms,
+        mqa_depthwise_hopper_kernel, (-(-runner.c // cfg["k"]) * -(-rows // cfg["p"]), -(-wk // j), 1),
+        lambda p, c, z, s: [x, *tables, out, z], scalars, constants, options(cfg), runner.norms, early=True,
     )  # fmt: skip
 
 
@@ -81,6 +111,11 @@ def _descriptors(runner: MobileMQA, cfg: Config) -> dict[str, Any]:
     return descriptors(runner.w.w, runner.w_out.w, (cfg["c0"], cfg["c1"]), runner.heads, dims)
 
 
+def _short(runner: MobileMQA) -> bool:
+    """Whether a quarter of the columns of each head is left out of products; there is room for one of ones."""
+    return max(runner.native["key_dim"], runner.native["value_dim"]) <= 48
+
+
 def keys(runner: MobileMQA, cfg: Config, pixels: int, x: Any, kv: Any) -> Build:
     """Keys and values of what `depthwise` made."""
     from .mqa_hopper_keys import mqa_keys_hopper_kernel
@@ -89,11 +124,11 @@ def keys(runner: MobileMQA, cfg: Config, pixels: int, x: Any, kv: Any) -> Build:
     scalars = {"PK": pixels, "desc_q0": found["desc_q0"], "desc_q1": found["desc_q1"]}
     constants = {
         "C": runner.c, "HEADS": runner.heads, "DP": runner.dk, "BLOCK_P": cfg["p"], "BLOCK_C0": cfg["c0"],
-        "BLOCK_C1": cfg["c1"], "ZERO": 0, "WARPS": cfg["warps"],
+        "BLOCK_C1": cfg["c1"], "ONES": _short(runner), "ZERO": 0, "WARPS": cfg["warps"],
     }  # fmt: skip
     return Build(
         mqa_keys_hopper_kernel, (-(-pixels // cfg["p"]), 2, 1), lambda p, c, z, s: [x, kv, z],
-        scalars, constants, options(cfg), runner.norms,
+        scalars, constants, options(cfg), runner.norms, early=True,
     )  # fmt: skip
 
 
@@ -108,7 +143,7 @@ def attend(runner: MobileMQA, cfg: Config, n: int, nq: int, nk: int, x: Any, kv:
         "C": runner.c, "CP": runner.norms.shape[1], "NP_OUT": runner.w_out.np, "HEADS": runner.heads,
         "DKP": runner.dk, "DVP": runner.dv, "INLINE": inline, "RESIDUAL": native["residual"], "BLOCK_P": cfg["p"],
         "BLOCK_C0": cfg["c0"], "BLOCK_C1": cfg["c1"], "KEYS0": keys0, "KEYS1": keys1,
-        "SHORT": max(native["key_dim"], native["value_dim"]) <= 48,
+        "SHORT": _short(runner), "ONES": _short(runner) and runner.down > 0,
         "FULL": full_pieces(keys0, keys1, nk), "ZERO": 0, "WARPS": cfg["warps"],
     }  # fmt: skip
     scalars = {
@@ -118,5 +153,67 @@ def attend(runner: MobileMQA, cfg: Config, n: int, nq: int, nk: int, x: Any, kv:
     return Build(
         mqa_hopper_kernel, (n * tiles, 1, 1),
         lambda p, c, z, s: [x, runner.norms, x if inline else kv, runner.w_out.affine, out, z],
-        scalars, constants, options(cfg), runner.norms,
+        scalars, constants, options(cfg), runner.norms, early=True,
+    )  # fmt: skip
+
+
+def project(runner: MobileMQA, cfg: Config, pixels: int, x: Any, out: Any) -> Build:
+    """Queries of all heads, key and value of all pixels: [pixels, heads + 2, DP]."""
+    n = (runner.heads + 2) * runner.dk
+    return _pointwise(cfg, runner, pixels, (runner.c, n), *_folded(runner), x, None, out)
+
+
+def attention(runner: MobileMQA, cfg: Config, n: int, nk: int, qkv: Any, out: Any) -> Build:
+    """Attention of what `project` made, each pixel with its own key."""
+    from .attention_hopper import attention_hopper_kernel
+
+    rows = nk * runner.heads
+    parts = -(-rows // (cfg["p"] * cfg["turns"]))
+    keys0, keys1 = key_pieces(cfg, nk, nk, runner.down)
+    scalars = {"ROWS": rows, "NK": nk, "PARTS": parts, "scale": runner.native["key_dim"] ** -0.5 * LOG2_E}
+    constants = {
+        "HEADS": runner.heads, "D": runner.dk, "TURNS": cfg["turns"], "BLOCK_P": cfg["p"], "KEYS0": keys0,
+        "KEYS1": keys1, "FULL": full_pieces(keys0, keys1, nk), "ZERO": 0, "WARPS": cfg["warps"],
+    }  # fmt: skip
+    return Build(
+        attention_hopper_kernel, (n * parts, 1, 1), lambda p, c, z, s: [qkv, out, z],
+        scalars, constants, options(cfg), runner.norms, early=True,
+    )  # fmt: skip
+
+
+def output(runner: MobileMQA, cfg: Config, pixels: int, o: Any, x: Any, out: Any) -> Build:
+    """The output projection."""
+    residual = x if runner.native["residual"] else None
+    sizes = (runner.heads * runner.dv, runner.c)
+    return _pointwise(cfg, runner, pixels, sizes, runner.w_out.w, runner.w_out.affine, o, residual, out)
+
+
+def _pointwise(
+    cfg: Config, runner: MobileMQA, pixels: int, sizes: tuple[int, int], w: Tensor, affine: Tensor, x: Any,
+    residual: Any, out: Any,
+) -> Build:  # fmt: skip
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .pointwise_hopper import pointwise_hopper_kernel
+
+    (c, n), (p, block_n, k) = sizes, (cfg["p"], cfg["n"], cfg["k"])
+    columns = -(-n // block_n)
+    lanes = max(1, min(runner._sms() // columns, -(-pixels // p)))
+    piece = [p, block_n // cfg["pieces"]]
+    pixels_in = Mapped(x, (pixels, c), (p, k))
+    added, result = (Mapped(matrix, (pixels, n), piece) for matrix in (residual or out, out))
+    layout = gl.NVMMASharedLayout(min(2 * block_n, 128), 16)
+    scalars = {
+        "J": pixels, "LANES": lanes,
+        "desc_w": TensorDescriptor(w, [w.shape[0], n], [w.stride(0), 1], [k, block_n], layout),
+    }  # fmt: skip
+    constants = {
+        "C": c, "N": n, "NP": w.shape[1], "SCALED": affine.shape[0] == 2, "RESIDUAL": residual is not None,
+        "BLOCK_P": p, "BLOCK_N": block_n, "BLOCK_K": k, "STAGES": cfg["stages"], "PIECES": cfg["pieces"], "ZERO": 0,
+        "WARPS": cfg["warps"],
+    }  # fmt: skip
+    return Build(
+        pointwise_hopper_kernel, (columns * lanes, 1, 1), lambda p, c, z, s: [pixels_in, added, result, affine, z],
+        scalars, constants, options(cfg), runner.norms, early=True,
     )  # fmt: skip

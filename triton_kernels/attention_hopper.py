@@ -1,0 +1,122 @@
+"""Multi-query attention for Hopper's tensor cores, written in Gluon: see `attention.py`, and `mqa_hopper.py`.
+
+A program keeps all keys and values of an image on chip and takes tiles of 64 rows, a row being one head of one pixel,
+in turn; the next tile comes while this one is worked on.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from .hopper_tile import as_operand, async_copy, barrier, begin, copy_rows, opaque_zero, publish
+
+
+@gluon.jit
+def _copy_queries(tile, p, i_r, ROWS, S_P: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr):
+    """Starts the copy of rows (pixel, head) from `i_r` on."""
+    N: gl.constexpr = tile.shape[0]
+    D: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    o_r = i_r + gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    p_q = p + (o_r // HEADS * S_P + o_r % HEADS * D)[:, None] + o_d[None, :]
+    async_copy.async_copy_global_to_shared(tile, p_q, mask=(o_r < ROWS)[:, None])
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=("ROWS", "NK", "PARTS"))
+def attention_hopper_kernel(
+    qkv,  # [pixels, HEADS + 2, D]: queries, key, value
+    out,  # [pixels, HEADS, D]
+    counters_next,
+    ROWS,  # of one image
+    NK,
+    PARTS,  # programs of one image
+    scale,
+    HEADS: gl.constexpr,
+    D: gl.constexpr,
+    TURNS: gl.constexpr,  # tiles of a program
+    BLOCK_P: gl.constexpr,
+    KEYS0: gl.constexpr,
+    KEYS1: gl.constexpr,
+    FULL: gl.constexpr,  # of the pieces of keys, how many have no key beyond NK
+    ZERO: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = qkv.dtype.element_ty
+    TWO_KEYS: gl.constexpr = KEYS1 > 0
+    S_P: gl.constexpr = (HEADS + 2) * D
+    S_D: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16)
+    L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS0, 16])
+    L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    i_t = gl.program_id(0)
+    i_b = (i_t // PARTS).to(gl.int64)
+    i_r = i_t % PARTS * (TURNS * BLOCK_P)
+    q_b = gl.allocate_shared_memory(DTYPE, [2, BLOCK_P, D], S_D)
+    k_b0 = gl.allocate_shared_memory(DTYPE, [1, KEYS0, D], S_D)
+    v_b0 = gl.allocate_shared_memory(DTYPE, [1, KEYS0, D], S_D)
+    k_b1, v_b1 = k_b0, v_b0
+    if TWO_KEYS:
+        k_b1 = gl.allocate_shared_memory(DTYPE, [1, KEYS1, D], S_D)
+        v_b1 = gl.allocate_shared_memory(DTYPE, [1, KEYS1, D], S_D)
+    begin(counters_next, i_t, ZERO, WARPS)
+    p_q = qkv + i_b * NK * S_P
+    p_k = p_q + HEADS * D
+    p_o = out + i_b * ROWS * D
+    copy_rows(k_b0.index(0), p_k, 0, NK, S_P, FULL < 1, WARPS)
+    copy_rows(v_b0.index(0), p_k + D, 0, NK, S_P, FULL < 1, WARPS)
+    if TWO_KEYS:
+        copy_rows(k_b1.index(0), p_k, KEYS0, NK, S_P, FULL < 2, WARPS)
+        copy_rows(v_b1.index(0), p_k + D, KEYS0, NK, S_P, FULL < 2, WARPS)
+    _copy_queries(q_b.index(0), p_q, i_r, ROWS, S_P, HEADS, WARPS)
+    # not known to be a single turn: unrolled, triton 3.6 does not compile it
+    for t in range(TURNS + opaque_zero()):
+        z = opaque_zero()
+        q_s, k_s0, v_s0 = q_b.index(t & 1), k_b0.index(z), v_b0.index(z)
+        async_copy.wait_group(0)
+        publish()
+        if t + 1 < TURNS:
+            _copy_queries(q_b.index(1 - (t & 1)), p_q, i_r + BLOCK_P, ROWS, S_P, HEADS, WARPS)
+        b_z0 = gl.zeros([BLOCK_P, KEYS0], gl.float32, L_0)
+        b_s0 = hopper.warpgroup_mma(q_s, k_s0.permute((1, 0)), b_z0, use_acc=False, is_async=True)
+        if TWO_KEYS:
+            L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS1, 16])
+            k_s1, v_s1 = k_b1.index(z), v_b1.index(z)
+            b_z1 = gl.zeros([BLOCK_P, KEYS1], gl.float32, L_1)
+            b_s1 = hopper.warpgroup_mma(q_s, k_s1.permute((1, 0)), b_z1, use_acc=False, is_async=True)
+            b_s0, b_s1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_s1])
+            if FULL < 2:
+                o_1 = KEYS0 + gl.arange(0, KEYS1, gl.SliceLayout(0, L_1))
+                b_s1 = gl.where((o_1 < NK)[None, :], b_s1, float("-inf"))
+            b_m = gl.maximum(gl.max(b_s0, 1), gl.convert_layout(gl.max(b_s1, 1), gl.SliceLayout(1, L_0)))
+        else:
+            b_s0 = hopper.warpgroup_mma_wait(0, deps=[b_s0])
+            if FULL < 1:
+                b_s0 = gl.where((gl.arange(0, KEYS0, gl.SliceLayout(0, L_0)) < NK)[None, :], b_s0, float("-inf"))
+            b_m = gl.max(b_s0, 1)
+        # a row of -inf alone keeps its -inf scores: NaN only where torch has it
+        b_m = gl.where(b_m == float("-inf"), 0.0, b_m) * scale
+        b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
+        b_l = gl.sum(b_p0, 1)
+        b_a0 = as_operand(b_p0.to(DTYPE), L_O)
+        b_r = gl.zeros([BLOCK_P, D], gl.float32, L_O)
+        b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
+        b_a1 = b_a0
+        if TWO_KEYS:
+            b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, L_1))
+            b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
+            b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, L_0))
+            b_a1 = as_operand(b_p1.to(DTYPE), L_O)
+            b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
+        b_r, b_a0, b_a1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_a0, b_a1])
+        b_r = b_r * gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, L_O))[:, None]
+        # through the place of the queries, whose rows a warp alone has read
+        q_s.store(b_r.to(DTYPE))
+        barrier()
+        o_r = i_r + gl.arange(0, BLOCK_P, gl.SliceLayout(1, LAYOUT))
+        o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+        gl.store(p_o + o_r[:, None] * D + o_d[None, :], q_s.load(LAYOUT), mask=(o_r < ROWS)[:, None])
+        i_r += BLOCK_P
