@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from .hopper_tile import as_operand, async_copy, barrier, begin, copy_rows, opaque_zero, publish
+from .hopper_tile import async_copy, barrier, begin, copy_rows, maxima, opaque_zero, publish, weigh
 
 
 @gluon.jit
@@ -82,35 +82,17 @@ def attention_hopper_kernel(
             _copy_queries(q_b.index(1 - (t & 1)), p_q, i_r + BLOCK_P, ROWS, S_P, HEADS, WARPS)
         b_z0 = gl.zeros([BLOCK_P, KEYS0], gl.float32, L_0)
         b_s0 = hopper.warpgroup_mma(q_s, k_s0.permute((1, 0)), b_z0, use_acc=False, is_async=True)
+        b_s1 = b_s0
         if TWO_KEYS:
             L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS1, 16])
-            k_s1, v_s1 = k_b1.index(z), v_b1.index(z)
             b_z1 = gl.zeros([BLOCK_P, KEYS1], gl.float32, L_1)
-            b_s1 = hopper.warpgroup_mma(q_s, k_s1.permute((1, 0)), b_z1, use_acc=False, is_async=True)
+            b_s1 = hopper.warpgroup_mma(q_s, k_b1.index(z).permute((1, 0)), b_z1, use_acc=False, is_async=True)
             b_s0, b_s1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_s1])
-            if FULL < 2:
-                o_1 = KEYS0 + gl.arange(0, KEYS1, gl.SliceLayout(0, L_1))
-                b_s1 = gl.where((o_1 < NK)[None, :], b_s1, float("-inf"))
-            b_m = gl.maximum(gl.max(b_s0, 1), gl.convert_layout(gl.max(b_s1, 1), gl.SliceLayout(1, L_0)))
         else:
             b_s0 = hopper.warpgroup_mma_wait(0, deps=[b_s0])
-            if FULL < 1:
-                b_s0 = gl.where((gl.arange(0, KEYS0, gl.SliceLayout(0, L_0)) < NK)[None, :], b_s0, float("-inf"))
-            b_m = gl.max(b_s0, 1)
-        # a row of -inf alone keeps its -inf scores: NaN only where torch has it
-        b_m = gl.where(b_m == float("-inf"), 0.0, b_m) * scale
-        b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
-        b_l = gl.sum(b_p0, 1)
-        b_a0 = as_operand(b_p0.to(DTYPE), L_O)
-        b_r = gl.zeros([BLOCK_P, D], gl.float32, L_O)
-        b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
-        b_a1 = b_a0
-        if TWO_KEYS:
-            b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, L_1))
-            b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
-            b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, L_0))
-            b_a1 = as_operand(b_p1.to(DTYPE), L_O)
-            b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
+            b_s1 = b_s0
+        b_s0, b_s1, b_m = maxima(b_s0, b_s1, NK, scale, FULL, TWO_KEYS)
+        b_r, b_l, b_a0, b_a1 = weigh(b_s0, b_s1, b_m, v_s0, v_b1.index(z), scale, TWO_KEYS, False, WARPS)
         b_r, b_a0, b_a1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_a0, b_a1])
         b_r = b_r * gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, L_O))[:, None]
         # through the place of the queries, whose rows a warp alone has read

@@ -169,3 +169,54 @@ def multiply(b_a, tile, b_acc, LIKE: gl.constexpr, SHORT: gl.constexpr, BEGIN: g
         b_a1 = b_a0
         b_acc = hopper.warpgroup_mma(b_a0, tile, b_acc, use_acc=not BEGIN, is_async=True)
     return b_acc, b_a0, b_a1
+
+
+@gluon.jit
+def maxima(b_s0, b_s1, NK, scale, FULL: gl.constexpr, TWO_KEYS: gl.constexpr):
+    """Scores in one or two pieces with -inf beyond NK, and the largest of each row, scaled."""
+    L_0: gl.constexpr = b_s0.type.layout
+    KEYS0: gl.constexpr = b_s0.shape[1]
+    if TWO_KEYS:
+        L_1: gl.constexpr = b_s1.type.layout
+        KEYS1: gl.constexpr = b_s1.shape[1]
+        if FULL < 2:
+            o_1 = KEYS0 + gl.arange(0, KEYS1, gl.SliceLayout(0, L_1))
+            b_s1 = gl.where((o_1 < NK)[None, :], b_s1, float("-inf"))
+        b_m = gl.maximum(gl.max(b_s0, 1), gl.convert_layout(gl.max(b_s1, 1), gl.SliceLayout(1, L_0)))
+    else:
+        if FULL < 1:
+            b_s0 = gl.where((gl.arange(0, KEYS0, gl.SliceLayout(0, L_0)) < NK)[None, :], b_s0, float("-inf"))
+        b_m = gl.max(b_s0, 1)
+    # a row of -inf alone keeps its -inf scores: NaN only where torch has it
+    return b_s0, b_s1, gl.where(b_m == float("-inf"), 0.0, b_m) * scale
+
+
+@gluon.jit
+def weigh(
+    b_s0, b_s1, b_m, v_s0, v_s1, scale,
+    TWO_KEYS: gl.constexpr, ONES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Starts the product of 2^(scores - maxima) and values; that, the sums of the weights, operands to wait with.
+
+    With ONES the sums come out of the product: 0 is returned for them.
+    """
+    DTYPE: gl.constexpr = v_s0.dtype
+    N: gl.constexpr = b_s0.shape[0]
+    D: gl.constexpr = v_s0.shape[1]
+    L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
+    b_l = 0
+    if not ONES:
+        b_l = gl.sum(b_p0, 1)
+    b_a0 = as_operand(b_p0.to(DTYPE), L_O)
+    b_r = gl.zeros([N, D], gl.float32, L_O)
+    b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
+    b_a1 = b_a0
+    if TWO_KEYS:
+        b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, b_s1.type.layout))
+        b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
+        if not ONES:
+            b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, b_s0.type.layout))
+        b_a1 = as_operand(b_p1.to(DTYPE), L_O)
+        b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
+    return b_r, b_l, b_a0, b_a1

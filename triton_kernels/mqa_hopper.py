@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_tile import (
-    as_operand,
     async_copy,
     await_copies,
     barrier,
@@ -28,6 +27,7 @@ from .hopper_tile import (
     copy_rows,
     halves,
     load_pixels,
+    maxima,
     mbarrier,
     multiply,
     normalise,
@@ -35,6 +35,7 @@ from .hopper_tile import (
     project,
     publish,
     query_norm,
+    weigh,
 )
 
 
@@ -134,34 +135,14 @@ def _attend(
         async_copy.commit_group()
     if TWO_KEYS:
         b_s0, b_s1, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_s1, b_q0, b_q1])
-        if FULL < 2:
-            o_1 = KEYS0 + gl.arange(0, KEYS1, gl.SliceLayout(0, L_1))
-            b_s1 = gl.where((o_1 < NK)[None, :], b_s1, float("-inf"))
-        b_m = gl.maximum(gl.max(b_s0, 1), gl.convert_layout(gl.max(b_s1, 1), gl.SliceLayout(1, L_0)))
     else:
         b_s0, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_q0, b_q1])
-        if FULL < 1:
-            b_s0 = gl.where((gl.arange(0, KEYS0, gl.SliceLayout(0, L_0)) < NK)[None, :], b_s0, float("-inf"))
-        b_m = gl.max(b_s0, 1)
-    # a row of -inf alone keeps its -inf scores: NaN only where torch has it
-    b_m = gl.where(b_m == float("-inf"), 0.0, b_m) * scale
+        b_s1 = b_s0
+    b_s0, b_s1, b_m = maxima(b_s0, b_s1, NK, scale, FULL, TWO_KEYS)
     if not FIRST:
         await_copies(o_bar0, o_bar1, i_h - 1 + INLINE, TWO)
         b_acc0, b_acc1, b_w0, b_w1 = _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
-    b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
-    if not ONES:
-        b_l = gl.sum(b_p0, 1)
-    b_a0 = as_operand(b_p0.to(DTYPE), L_O)
-    b_r = gl.zeros([BLOCK_P, DVP], gl.float32, L_O)
-    b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
-    b_a1 = b_a0
-    if TWO_KEYS:
-        b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, L_1))
-        b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
-        if not ONES:
-            b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, L_0))
-        b_a1 = as_operand(b_p1.to(DTYPE), L_O)
-        b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
+    b_r, b_l, b_a0, b_a1 = weigh(b_s0, b_s1, b_m, v_s0, v_s1, scale, TWO_KEYS, ONES, WARPS)
     if FIRST:
         b_r, b_a0, b_a1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_a0, b_a1])
     elif TWO:
