@@ -28,7 +28,7 @@ def spec(**more: Any) -> MQASpec:
 SMALL = spec(c=256)
 LARGE = spec(c=192, heads=8, key_dim=48, value_dim=48, kv_stride=2)
 WIDE = spec(c=512, heads=8)
-THREE = ["mqa_project_hopper", "attention_hopper", "pointwise_hopper"]
+STRAIGHT = ["mqa_project_hopper", "attention_hopper", "pointwise_hopper"]
 
 
 @pytest.mark.slow
@@ -67,8 +67,8 @@ def test_what_it_serves() -> None:
     assert paths(LARGE, 64, 24, 24, torch.bfloat16) == three
     assert paths(SMALL, 64, 8, 8) == ["mqa_hopper"]
     assert paths(SMALL, 64, 12, 12) == ["mqa_project", "mqa_hopper"]
-    assert paths(WIDE, 64, 12, 12) == THREE
-    assert paths(spec(c=320, heads=5, key_dim=40), 64, 9, 14) == THREE
+    assert paths(WIDE, 64, 12, 12) == STRAIGHT
+    assert paths(spec(c=320, heads=5, key_dim=40), 64, 9, 14) == STRAIGHT
 
 
 @pytest.mark.usefixtures("present")
@@ -118,14 +118,14 @@ def test_norms_that_cost_precision_in_weights_are_left_to_others() -> None:
     block = MQACase(WIDE, torch.float16, "cpu").build()
     pack_norm(block, 0.5)
     measured = mqa_config.on_hopper(block, 64, 12, 12)
-    assert [cfg["path"] for cfg in measured["ops"]] == THREE
+    assert [cfg["path"] for cfg in measured["ops"]] == STRAIGHT
     assert mqa_config.fitted(block, measured, 100, 100) is not None
     block._plans["some geometry"] = None
     pack_norm(block, 5.0)
     assert not block._plans
     assert mqa_config.on_hopper(block, 64, 12, 12) is None
     assert mqa_config.fitted(block, measured, 100, 100) is None
-    assert THREE[0] not in [cfg["path"] for cfg in mqa_config.formula(block, 64, 12, 12)["ops"]]
+    assert STRAIGHT[0] not in [cfg["path"] for cfg in mqa_config.formula(block, 64, 12, 12)["ops"]]
 
 
 @pytest.mark.usefixtures("present")

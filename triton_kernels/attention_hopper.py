@@ -13,19 +13,6 @@ from triton.experimental.gluon.language.nvidia import hopper
 from .hopper_tile import async_copy, barrier, begin, copy_rows, maxima, opaque_zero, publish, weigh
 
 
-@gluon.jit
-def _copy_queries(tile, p, i_r, ROWS, S_P: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr):
-    """Starts the copy of rows (pixel, head) from `i_r` on."""
-    N: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    o_r = i_r + gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
-    o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    p_q = p + (o_r // HEADS * S_P + o_r % HEADS * D)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(tile, p_q, mask=(o_r < ROWS)[:, None])
-    async_copy.commit_group()
-
-
 @gluon.jit(do_not_specialize=("ROWS", "NK", "PARTS"))
 def attention_hopper_kernel(
     qkv,  # [pixels, HEADS + 2, D]: queries, key, value
@@ -71,7 +58,8 @@ def attention_hopper_kernel(
     if TWO_KEYS:
         copy_rows(k_b1.index(0), p_k, KEYS0, NK, S_P, FULL < 2, WARPS)
         copy_rows(v_b1.index(0), p_k + D, KEYS0, NK, S_P, FULL < 2, WARPS)
-    _copy_queries(q_b.index(0), p_q, i_r, ROWS, S_P, HEADS, WARPS)
+    copy_rows(q_b.index(0), p_q, i_r, ROWS, S_P, True, WARPS, HEADS)
+    async_copy.commit_group()
     # not known to be a single turn: unrolled, triton 3.6 does not compile it
     for t in range(TURNS + opaque_zero()):
         z = opaque_zero()
@@ -79,10 +67,10 @@ def attention_hopper_kernel(
         async_copy.wait_group(0)
         publish()
         if t + 1 < TURNS:
-            _copy_queries(q_b.index(1 - (t & 1)), p_q, i_r + BLOCK_P, ROWS, S_P, HEADS, WARPS)
+            copy_rows(q_b.index(1 - (t & 1)), p_q, i_r + BLOCK_P, ROWS, S_P, True, WARPS, HEADS)
+            async_copy.commit_group()
         b_z0 = gl.zeros([BLOCK_P, KEYS0], gl.float32, L_0)
         b_s0 = hopper.warpgroup_mma(q_s, k_s0.permute((1, 0)), b_z0, use_acc=False, is_async=True)
-        b_s1 = b_s0
         if TWO_KEYS:
             L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS1, 16])
             b_z1 = gl.zeros([BLOCK_P, KEYS1], gl.float32, L_1)

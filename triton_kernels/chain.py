@@ -18,20 +18,16 @@ import torch
 from torch import Tensor
 
 from .block import Block, Head, Plan
-from .launch import Mapped, current_stream, direct, interpreted
+from .launch import Mappings, current_stream, described, direct, interpreted
 from .plan import place
 
 X, OUT, ARENA, FIXED = range(4)
 Grid = tuple[int, int, int]
-Mappings = tuple[tuple[int, Mapped], ...]
 
 
 def _resolved(base: Sequence[int], addresses: list[tuple[int, int]], mapped: Mappings) -> list[Any]:
     """A kernel's first arguments."""
-    found: list[Any] = [base[region] + offset for region, offset in addresses]
-    for i, how in mapped:
-        found[i] = how.at(found[i])
-    return found
+    return described([base[region] + offset for region, offset in addresses], mapped)
 
 
 class Chain:

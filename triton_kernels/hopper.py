@@ -94,4 +94,11 @@ def compiled_soundly(kernel: Any, call: Callable[[], T]) -> T:
     return contextvars.Context().run(run)
 
 
-__all__ = ["available", "compiled_soundly"]
+def tile_layout(columns: int) -> Any:
+    """How rows of 16-bit values lie in shared memory for the copy engine and the tensor cores."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(min(2 * columns, 128), 16)
+
+
+__all__ = ["available", "compiled_soundly", "tile_layout"]

@@ -32,14 +32,22 @@ def begin(counters, i_first, ZERO: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(tile, p, i_row, ROWS, STRIDE: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr):
-    """Starts the copy of rows from `i_row` on to the tile; with MASKED zeros from ROWS on."""
+def copy_rows(
+    tile, p, i_row, ROWS, STRIDE: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr, GROUP: gl.constexpr = 1
+):
+    """Starts the copy of rows from `i_row` on to the tile; with MASKED zeros from ROWS on.
+
+    GROUP rows follow one another without a gap, groups by STRIDE.
+    """
     N: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     o_n = i_row + gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    p_t = p + o_n[:, None] * STRIDE + o_d[None, :]
+    if GROUP == 1:
+        p_t = p + o_n[:, None] * STRIDE + o_d[None, :]
+    else:
+        p_t = p + (o_n // GROUP * STRIDE + o_n % GROUP * D)[:, None] + o_d[None, :]
     if MASKED:
         async_copy.async_copy_global_to_shared(tile, p_t, mask=(o_n < ROWS)[:, None])
     else:

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from .hopper import compiled_soundly
+from .hopper import compiled_soundly, tile_layout
 
 __all__ = [
     "Arg",
@@ -94,18 +94,17 @@ class _Base:
 
 
 class Mapped:
-    """A matrix at an address of the call as Hopper's copy engine sees it: rows without gaps, moved in blocks."""
+    """A 16-bit matrix at an address of the call as Hopper's copy engine sees it: rows without gaps, moved in blocks."""
 
     __slots__ = ("_descriptor", "address")
 
     def __init__(self, address: tuple[str, int, torch.dtype], shape: Sequence[int], block: Sequence[int]) -> None:
-        from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         self.address = address
-        bits = 8 * address[2].itemsize
-        layout = gl.NVMMASharedLayout(min(block[1] * address[2].itemsize, 128), bits)
-        self._descriptor = TensorDescriptor(_Base(0, address[2]), list(shape), [shape[1], 1], list(block), layout)
+        self._descriptor = TensorDescriptor(
+            _Base(0, address[2]), list(shape), [shape[1], 1], list(block), tile_layout(block[1])
+        )
 
     def at(self, address: int) -> Any:
         """The kernel's argument, once the address is known."""
@@ -114,11 +113,24 @@ class Mapped:
         return found
 
 
+Mappings = tuple[tuple[int, Mapped], ...]
+
+
+def described(addresses: list[Any], mapped: Mappings) -> list[Any]:
+    """Addresses, those of `mapped` as descriptors."""
+    for i, how in mapped:
+        addresses[i] = how.at(addresses[i])
+    return addresses
+
+
 class Launch:
-    """One kernel start: `addresses` in the order of the kernel's first parameters, then `scalars`, then constants."""
+    """One kernel start: `addresses` in the order of the kernel's first parameters, then `scalars`, then constants.
+
+    `mapped`: which of the addresses the kernel takes by descriptors.
+    """
 
     __slots__ = (
-        "_constants", "_fast", "_grid", "_kernel", "_mapped", "_options", "_plain", "_pointers", "_scalars", "_tail",
+        "_constants", "_fast", "_grid", "_kernel", "_options", "_plain", "_pointers", "_scalars", "_tail", "mapped",
     )  # fmt: skip
 
     def __init__(
@@ -132,7 +144,7 @@ class Launch:
     ) -> None:
         self._kernel, self._grid = kernel, grid
         self._plain = tuple(addresses)
-        self._mapped = tuple((i, a) for i, a in enumerate(addresses) if isinstance(a, Mapped))
+        self.mapped: Mappings = tuple((i, a) for i, a in enumerate(addresses) if isinstance(a, Mapped))
         plain = [a.address if isinstance(a, Mapped) else a for a in addresses]
         self._pointers = [a if isinstance(a, tuple) else (None, a.data_ptr(), a.dtype) for a in plain]
         self._scalars, self._constants, self._options = scalars, constants, options
@@ -142,8 +154,8 @@ class Launch:
     def compile(self) -> Any:
         """Compiles without launching (fills Triton's cache); needs no tensors."""
         args: list[Any] = [dtype for _, _, dtype in self._pointers]
-        for i, mapped in self._mapped:
-            args[i] = mapped.at(0)
+        for i, how in self.mapped:
+            args[i] = how.at(0)
         more = {**self._scalars, **self._constants, **self._options}
         return compiled_soundly(self._kernel, lambda: self._kernel.warmup(*args, grid=self._grid, **more))
 
@@ -166,15 +178,8 @@ class Launch:
         """Launches the compiled kernel; `base` maps the names of the call's tensors to addresses, None to 0."""
         run, function, metadata = self._fast
         x, y, z = self._grid
-        addresses: list[Any] = [base[name] + offset for name, offset, _ in self._pointers]
-        for i, mapped in self._mapped:
-            addresses[i] = mapped.at(addresses[i])
+        addresses = described([base[name] + offset for name, offset, _ in self._pointers], self.mapped)
         run(x, y, z, stream, function, metadata, None, None, None, *addresses, *self._tail)
-
-    @property
-    def mapped(self) -> tuple[tuple[int, Mapped], ...]:
-        """Which addresses the kernel takes by descriptors."""
-        return self._mapped
 
     def parts(self) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], list[tuple[Any, int]], tuple[Any, ...]]:
         """(function to call, grid, what follows grid and stream, addresses as (name, offset), what follows them)."""

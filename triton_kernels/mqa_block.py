@@ -269,19 +269,20 @@ class MobileMQA(_Runner):
         """The launches for a given configuration."""
         item = self.dtype.itemsize
         (hq, wq), (hk, wk) = self.query_hw(h, w), self.kv_hw(h, w)
-        sizes = [hk * wk * (self.dk + self.dv), hq * wq * self.heads * self.dk, hq * wq * self.heads * self.dv]
-        sizes.append(hk * wk * 2 * self.c)
         configs = choice["ops"]
         paths = [cfg["path"] for cfg in configs]
         # a region that nothing uses takes no memory
         deeper = paths[0] == "mqa_depthwise_hopper"
-        straight = paths[0] == "mqa_project_hopper"
-        sizes.append(hk * wk * (self.heads + 2) * self.dk)
-        used = [
-            deeper or "mqa_project" in paths, "attention" in paths, len(paths) == 3 and not deeper, deeper, straight
-        ]  # fmt: skip
+        kv_size = hk * wk * (self.dk + self.dv)
+        regions = [
+            (kv_size, deeper or "mqa_project" in paths),
+            (hq * wq * self.heads * self.dk, "attention" in paths),
+            (hq * wq * self.heads * self.dv, len(paths) == 3 and not deeper),
+            (hk * wk * 2 * self.c, deeper),
+            (hk * wk * (self.heads + 2) * self.dk, "mqa_project_hopper" in paths),
+        ]
         places, tail = [], 0
-        for size, is_used in zip(sizes, used, strict=True):
+        for size, is_used in regions:
             places.append(("scratch", tail, self.dtype))
             tail += round_up(n * size * item, 256) * is_used
         kv, q, o, deep, qkv = places
@@ -315,8 +316,8 @@ class MobileMQA(_Runner):
                         cfg, attention, n, self.heads * hq * wq, self.heads, hk * wk, (k, k, self.dv, self.dv),
                         self.native["key_dim"] ** -0.5,
                         (q, (hq * wq * self.heads * k, self.heads * k, k, 1)),
-                        (kv, (sizes[0], k + self.dv, 1)),
-                        ((kv[0], kv[1] + k * item, kv[2]), (sizes[0], k + self.dv, 1)),
+                        (kv, (kv_size, k + self.dv, 1)),
+                        ((kv[0], kv[1] + k * item, kv[2]), (kv_size, k + self.dv, 1)),
                         (o, (hq * wq * self.heads * self.dv, self.heads * self.dv, self.dv, 1)),
                         self.norms,
                     )

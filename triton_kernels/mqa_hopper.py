@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper import tile_layout
 from .hopper_tile import (
     async_copy,
     await_copies,
@@ -374,16 +375,13 @@ def descriptors(w: Tensor, w_out: Tensor, c: tuple[int, int], heads: int, dims: 
     dk, dv, padded = dims
     row, row_out = w.stride(0), w_out.stride(0)
 
-    def shared(columns: int) -> Any:
-        return gl.NVMMASharedLayout(min(2 * columns, 128), 16)
-
     found = {}
     for i, size in enumerate((c[0], c[1] or c[0])):
         found[f"desc_q{i}"] = TensorDescriptor(
-            w, [heads + 2, sum(c), max(dk, dv)], [padded, row, 1], [1, size, padded], shared(padded)
+            w, [heads + 2, sum(c), max(dk, dv)], [padded, row, 1], [1, size, padded], tile_layout(padded)
         )
     for i, size in enumerate((c[0], c[1] or c[0])):
         found[f"desc_o{i}"] = TensorDescriptor(
-            w_out, [heads, dv, sum(c)], [padded * row_out, row_out, 1], [1, padded, size], shared(size)
+            w_out, [heads, dv, sum(c)], [padded * row_out, row_out, 1], [1, padded, size], tile_layout(size)
         )
     return found

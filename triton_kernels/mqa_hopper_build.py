@@ -13,6 +13,7 @@ from torch import Tensor
 from .attention_op import LOG2_E, full_pieces
 from .build import Build, options, pad_before
 from .config import Config
+from .hopper import tile_layout
 from .launch import Mapped
 from .mqa_config import key_pieces, straight
 
@@ -192,7 +193,6 @@ def _pointwise(
     cfg: Config, runner: MobileMQA, pixels: int, sizes: tuple[int, int], w: Tensor, affine: Tensor, x: Any,
     residual: Any, out: Any,
 ) -> Build:  # fmt: skip
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .pointwise_hopper import pointwise_hopper_kernel
@@ -203,10 +203,9 @@ def _pointwise(
     piece = [p, block_n // cfg["pieces"]]
     pixels_in = Mapped(x, (pixels, c), (p, k))
     added, result = (Mapped(matrix, (pixels, n), piece) for matrix in (residual or out, out))
-    layout = gl.NVMMASharedLayout(min(2 * block_n, 128), 16)
     scalars = {
         "J": pixels, "LANES": lanes,
-        "desc_w": TensorDescriptor(w, [w.shape[0], n], [w.stride(0), 1], [k, block_n], layout),
+        "desc_w": TensorDescriptor(w, [w.shape[0], n], [w.stride(0), 1], [k, block_n], tile_layout(block_n)),
     }  # fmt: skip
     constants = {
         "C": c, "N": n, "NP": w.shape[1], "SCALED": affine.shape[0] == 2, "RESIDUAL": residual is not None,

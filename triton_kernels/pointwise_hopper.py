@@ -2,8 +2,8 @@
 
 A program keeps the weights of BLOCK_N output channels in shared memory and takes tiles of pixels in turn. Everything
 else passes by the copy engine: pixels STAGES - 1 steps of BLOCK_K channels ahead, across tiles, the residual, the
-result. A product is always in flight; the epilogue of a tile runs in pieces of columns beside the first products of the
-next one.
+result. Within a tile a product is always in flight; the epilogue of a tile runs in pieces of columns beside the first
+products of the next one.
 """
 
 from __future__ import annotations
