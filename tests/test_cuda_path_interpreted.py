@@ -18,13 +18,14 @@ pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library"
 
 CODE = """
 import copy, pytest, torch
-import mnv4_ops, standin
+import interpreter, mnv4_ops, standin
 from mnv4_ops import check_gpu
 import mnv4_ops.triton_kernels as kernels
 from mnv4_ops.ops import cuda
 from rule import assert_2x
 from small_models import model_of_few_blocks
 
+interpreter.add_by_halves()
 model = model_of_few_blocks("mobilenetv4_conv_small_035", num_classes=7)
 with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode(), check_gpu.ieee():
     patch.setattr(cuda, "kernels", lambda: kernels)
@@ -41,7 +42,7 @@ print("fine")
 
 ATTENTION = """
 import copy, pytest, torch
-import mnv4_ops, standin
+import interpreter, mnv4_ops, standin
 from mnv4_ops import check_gpu
 import mnv4_ops.triton_kernels as kernels
 from mnv4_ops.ops import cuda
@@ -49,6 +50,7 @@ from mnv4_ops.reference import randomize_
 from rule import assert_2x
 from timm.models._efficientnet_blocks import MobileAttention
 
+interpreter.add_by_halves()
 more = dict(num_heads=2, key_dim=16, value_dim=24, use_multi_query=True)
 model = torch.nn.Sequential(MobileAttention(24, 24, kv_stride=2, **more), MobileAttention(24, 24, **more))
 model = randomize_(model).eval()

@@ -283,6 +283,10 @@ def main() -> None:
     # the reference on a GPU
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    if device == "cpu":
+        from interpreter import add_by_halves
+
+        add_by_halves()
     failed = 0
     only = sys.argv[2] if len(sys.argv) > 2 else None
     for name, dtype, desc, (n, h, w), layout, choice in small_cases():
