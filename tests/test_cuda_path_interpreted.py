@@ -26,7 +26,7 @@ from rule import assert_2x
 from small_models import model_of_few_blocks
 
 interpreter.add_by_halves()
-model = model_of_few_blocks("mobilenetv4_conv_small_035", num_classes=7)
+model = model_of_few_blocks("mobilenetv4_conv_small_035", num_classes=131)
 with standin.serving_cpu(pytest.MonkeyPatch()) as patch, torch.inference_mode(), check_gpu.ieee():
     patch.setattr(cuda, "kernels", lambda: kernels)
     for dtype, size in [(torch.float16, (2, 3, 32, 35)), (torch.float32, (1, 3, 33, 32))]:

@@ -22,6 +22,8 @@ timm = pytest.importorskip("timm")
 B = pytest.importorskip("timm.models._efficientnet_blocks")
 A = pytest.importorskip("timm.layers.attention2d")
 pytestmark = pytest.mark.skipif(_native.core is None, reason="no native library")
+# classes: the largest error of three logits is a matter of luck (one input in ten fails the 2x rule at equal errors)
+MANY = 301
 FORBIDDEN = ("conv", "matmul", "::mm", "bmm", "addmm", "linear", "attention", "softmax")
 
 
@@ -193,7 +195,7 @@ def test_a_compiled_block_calls_the_op() -> None:
 
 @pytest.mark.parametrize(("name", "side"), [("mobilenetv4_hybrid_medium", 256), ("mobilenetv4_hybrid_large", 224)])
 def test_hybrids_are_one_program(name: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomize_(timm.create_model(name, num_classes=7)).eval()
+    model = randomize_(timm.create_model(name, num_classes=MANY)).eval()
     x = torch.randn(1, 3, side, side)
     strict(model, x, monkeypatch)
     with torch.inference_mode(), mnv4_ops.enable():
@@ -206,7 +208,7 @@ def test_hybrids_are_one_program(name: str, side: int, monkeypatch: pytest.Monke
 
 
 def test_a_pooled_block_in_a_model_is_called_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomize_(timm.create_model("mobilenetv4_hybrid_medium_075", num_classes=3)).eval()
+    model = randomize_(timm.create_model("mobilenetv4_hybrid_medium_075", num_classes=MANY)).eval()
     model.blocks[3][8] = B.MobileAttention(
         192, 192, num_heads=4, key_dim=16, value_dim=16, use_multi_query=True, query_strides=2
     )
