@@ -258,8 +258,9 @@ def test_attention_alone(batch: int, heads: int, nq: int, nk: int, d: int, dv: i
         torch.testing.assert_close(got, fused)
 
 
-def test_attention_takes_any_strides() -> None:
-    q, k, v = qkv(2, 3, 10, 11, 16, 24)
+@pytest.mark.parametrize("value_dim", [24, 32])
+def test_attention_takes_any_strides(value_dim: int) -> None:
+    q, k, v = qkv(2, 3, 10, 11, 16, value_dim)
     want = torch.ops.mnv4.mqa_attention(q, k, v)
     assert want.transpose(1, 2).is_contiguous()
     turned = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]

@@ -33,17 +33,17 @@ void pack_keys(const KernelTable& k, const float* src, std::ptrdiff_t pix, std::
   for (int i = 0; i < units_of(nk) * kUnit; ++i) beyond[i] = i < nk ? 0.0f : -std::numeric_limits<float>::infinity();
 }
 
-void attend(const KernelTable& k, const Heads& h, const float* q, std::ptrdiff_t q_unit, float* o,
-            std::ptrdiff_t o_unit, int rows, float* scores) {
+void attend(const KernelTable& k, const Heads& h, const HeadRows<const float>& q, const HeadRows<float>& o, int rows,
+            float* scores) {
   const int units = units_of(h.nk), depth = units_of(h.key_dim);
   const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(rows) * kUnit;
   float* inverse = scores + units * plane;
   GemmArgs s;
-  s.a = q, s.a_pix = kUnit, s.a_blk = q_unit, s.a_row = plane;
+  s.a = q.p, s.a_pix = q.pix, s.a_blk = q.unit;
   s.k_blocks = depth, s.k_len = kUnit, s.k_last = h.key_dim - (depth - 1) * kUnit;
   s.b = h.keys, s.b_unit = static_cast<std::ptrdiff_t>(h.key_dim) * kUnit;
   s.bias = h.keys + units * s.b_unit;
-  s.c = scores, s.c_pix = kUnit, s.c_row = plane, s.c_unit = plane;
+  s.c = scores, s.c_pix = kUnit, s.c_unit = plane;
   s.rows = 1, s.cols = rows, s.units = units;
   k.gemm(s);
 
@@ -52,13 +52,13 @@ void attend(const KernelTable& k, const Heads& h, const float* q, std::ptrdiff_t
   k.softmax(e);
 
   GemmArgs p;
-  p.a = scores, p.a_pix = kUnit, p.a_blk = plane, p.a_row = plane;
+  p.a = scores, p.a_pix = kUnit, p.a_blk = plane;
   p.k_blocks = units, p.k_len = kUnit, p.k_last = h.nk - (units - 1) * kUnit;
   p.b = h.values, p.b_unit = static_cast<std::ptrdiff_t>(h.nk) * kUnit;
-  p.c = o, p.c_pix = kUnit, p.c_row = plane, p.c_unit = o_unit;
+  p.c = o.p, p.c_pix = o.pix, p.c_unit = o.unit;
   p.rows = 1, p.cols = rows, p.units = units_of(h.value_dim);
   k.gemm(p);
-  k.scale_rows(o, o_unit, p.units, rows, inverse);
+  k.scale_rows(o.p, o.pix, o.unit, p.units, rows, inverse);
 }
 
 std::size_t AttentionCall::scratch_floats() const {
@@ -88,6 +88,8 @@ void body(void* ctx, int tid, int threads) {
   float* q = scores + score_floats(c.nk, rows);
   const Heads heads{keys, values, c.nk, c.key_dim, c.value_dim};
   const float scale = static_cast<float>(c.scale * kLog2e);
+  // rows that lie as the products take them are read and written where they are
+  const bool q_near = c.q.element == 1, out_near = c.out.element == 1 && c.value_dim % kUnit == 0;
   int image = -1;
   const Range own = split(c.n * each, threads, tid);
   for (int i = own.lo; i < own.hi; ++i) {
@@ -96,6 +98,7 @@ void body(void* ctx, int tid, int threads) {
       const float* from = c.k.p + image * c.k.image;
       for (int u = 0; u < units_of(c.key_dim); ++u)
         pack_keys(k, from + u * kUnit * c.k.element, c.k.row, c.k.element, u, c.nk, c.key_dim, keys);
+      for (std::ptrdiff_t j = 0; j < units_of(c.nk) * kUnit * c.key_dim; ++j) keys[j] *= scale;
       from = c.v.p + image * c.v.image;
       for (int u = 0; u < units_of(c.value_dim); ++u) {
         k.load_unit(from + u * kUnit * c.v.element, c.v.row, c.v.element, c.nk,
@@ -105,14 +108,14 @@ void body(void* ctx, int tid, int threads) {
     const int head = i % each / parts, first = i % parts * rows, n = std::min(rows, c.nq - first);
     const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(n) * kUnit;
     const float* from = c.q.p + image * c.q.image + head * c.q.head + first * c.q.row;
-    for (int u = 0; u < units_of(c.key_dim); ++u) {
+    float* to = c.out.p + image * c.out.image + head * c.out.head + first * c.out.row;
+    for (int u = 0; u < units_of(c.key_dim) && !q_near; ++u) {
       k.load_unit(from + u * kUnit * c.q.element, c.q.row, c.q.element, n, std::min(kUnit, c.key_dim - u * kUnit),
                   q + u * plane);
     }
-    for (std::ptrdiff_t j = 0; j < units_of(c.key_dim) * plane; ++j) q[j] *= scale;
-    attend(k, heads, q, plane, q, plane, n, scores);
-    float* to = c.out.p + image * c.out.image + head * c.out.head + first * c.out.row;
-    for (int u = 0; u < units_of(c.value_dim); ++u) {
+    attend(k, heads, q_near ? HeadRows<const float>{from, c.q.row, kUnit} : HeadRows<const float>{q, kUnit, plane},
+           out_near ? HeadRows<float>{to, c.out.row, kUnit} : HeadRows<float>{q, kUnit, plane}, n, scores);
+    for (int u = 0; u < units_of(c.value_dim) && !out_near; ++u) {
       k.store_unit(q + u * plane, to + u * kUnit * c.out.element, c.out.row, c.out.element, n,
                    std::min(kUnit, c.value_dim - u * kUnit));
     }

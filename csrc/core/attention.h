@@ -29,11 +29,17 @@ inline std::size_t value_floats(int nk, int value_dim) {
 void pack_keys(const KernelTable& k, const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int unit, int nk,
                int key_dim, float* keys);
 
-/// o = softmax(q k^T) v for `rows` query rows of one head: q [unit of key_dim][row][16] and o [unit of
-/// value_dim][row][16], with units q_unit and o_unit floats apart. q is in units of log2 e, the scale of the scores is
-/// in it. o may be q.
-void attend(const KernelTable& k, const Heads& heads, const float* q, std::ptrdiff_t q_unit, float* o,
-            std::ptrdiff_t o_unit, int rows, float* scores);
+/// Rows of one head: elements [16 * unit, 16 * unit + 16) of a row are p[row * pix + unit * this->unit + 0 ... 15].
+template <class T>
+struct HeadRows {
+  T* p = nullptr;
+  std::ptrdiff_t pix = kUnit, unit = 0;
+};
+
+/// o = softmax(q k^T) v for `rows` query rows of one head. The scale of the scores, in units of log2 e, is in q or in
+/// the keys. Of o whole units are written. o may be q.
+void attend(const KernelTable& k, const Heads& heads, const HeadRows<const float>& q, const HeadRows<float>& o,
+            int rows, float* scores);
 
 /// Strides in floats: image, head, row, element.
 struct Strided {

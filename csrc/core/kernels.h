@@ -119,8 +119,8 @@ struct BasicKernels {
 
 struct KernelTable : BasicKernels<float> {
   void (*softmax)(const SoftmaxArgs&);
-  // c[unit][row][16] *= factor[row]
-  void (*scale_rows)(float* c, std::ptrdiff_t unit, int units, int rows, const float* factor);
+  // c[unit][row][16] *= factor[row], rows `pix` floats apart
+  void (*scale_rows)(float* c, std::ptrdiff_t pix, std::ptrdiff_t unit, int units, int rows, const float* factor);
   // floating-point operations of one pass of a register-only multiply-add loop (for the measured peak)
   double (*fma_burst)(int iterations);
 };

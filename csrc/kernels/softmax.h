@@ -32,7 +32,7 @@ void softmax(const SoftmaxArgs& args) {
 }
 
 template <class V>
-void scale_rows(float* c, std::ptrdiff_t unit, int units, int rows, const float* factor) {
+void scale_rows(float* c, std::ptrdiff_t pix, std::ptrdiff_t unit, int units, int rows, const float* factor) {
   using reg = typename V::reg;
   auto row = [](float* p, auto mul) MNV4_LAMBDA {
     unroll<kUnit / V::W>([&](auto j) MNV4_LAMBDA { V::store(p + j * V::W, mul(V::load(p + j * V::W))); });
@@ -41,14 +41,14 @@ void scale_rows(float* c, std::ptrdiff_t unit, int units, int rows, const float*
     float* p = c;
     int r = 0;
     if constexpr (HasLanes<V>) {  // the factors of some rows by one load
-      for (; r + V::W <= rows; r += V::W, p += V::W * kUnit) {
+      for (; r + V::W <= rows; r += V::W, p += V::W * pix) {
         const reg f = V::load(factor + r);
         unroll<V::W>([&](auto i) MNV4_LAMBDA {
-          row(p + i * kUnit, [&](reg x) MNV4_LAMBDA { return V::template mul_lane<i>(x, f); });
+          row(p + i * pix, [&](reg x) MNV4_LAMBDA { return V::template mul_lane<i>(x, f); });
         });
       }
     }
-    for (; r < rows; ++r, p += kUnit) {
+    for (; r < rows; ++r, p += pix) {
       const reg f = V::set(factor[r]);
       row(p, [&](reg x) MNV4_LAMBDA { return V::mul(x, f); });
     }

@@ -60,7 +60,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, dropout_p: float, is_
 
 def empty(q: Tensor, v: Tensor) -> Tensor:
     batch, heads, rows, _ = q.shape
-    return torch.empty((batch, rows, heads, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
+    return q.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)
 
 
 def kernel(device: str) -> Any:

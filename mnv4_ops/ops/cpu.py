@@ -78,12 +78,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Non
     """softmax(scale q k^T) v of checked tensors [B, heads, rows, channels]; those of 16 bits are copied to float32."""
     core = _native.core
     assert core is not None
-    wide = [t.float() for t in (q, k, v, out)]
-    tensors = [argument for t in wide for argument in (t.data_ptr(), t.stride())]
+    if q.dtype is not torch.float32:
+        wide = out.float()
+        attention(q.float(), k.float(), v.float(), scale, wide)
+        out.copy_(wide)
+        return
+    tensors = [argument for t in (q, k, v, out) for argument in (t.data_ptr(), t.stride())]
     n, heads, nq, key_dim = q.shape
     core.attention(*tensors, n, heads, nq, k.shape[2], key_dim, v.shape[3], scale, torch.get_num_threads())
-    if wide[3] is not out:
-        out.copy_(wide[3])
 
 
 def statistics(layout: Layout, params: Params) -> Any:
