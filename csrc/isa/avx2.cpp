@@ -45,7 +45,7 @@ struct Vec256 {
 };
 
 #include "kernels/activation.h"
-#include "kernels/depthwise.h"
+#include "kernels/depthwise_near.h"
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
@@ -57,11 +57,12 @@ struct Config {
   using V = Vec256;
   static constexpr int kTallUnits = 1, kTallRows = 6;
   static constexpr int kWideUnits = 2, kWideRows = 2;
-  static constexpr int kDwCols = 6;
+  using Pair = Single<V>;
+  static constexpr int kDwCols = 6, kDwCols3 = 8, kDwCols5 = 8;
   static constexpr bool kWinograd = true;
 };
 
-constexpr KernelTable kTable = make_table<Config>("avx2");
+constexpr KernelTable kTable = make_table<Config, depthwise_near<Config>>("avx2");
 
 }  // namespace
 

@@ -39,7 +39,7 @@ struct Vec512 {
 };
 
 #include "kernels/activation.h"
-#include "kernels/depthwise.h"
+#include "kernels/depthwise_near.h"
 #include "kernels/gemm.h"
 #include "kernels/move.h"
 #include "kernels/softmax.h"
@@ -50,11 +50,12 @@ struct Config {
   using V = Vec512;
   static constexpr int kTallUnits = 2, kTallRows = 13;
   static constexpr int kWideUnits = 4, kWideRows = 6;
-  static constexpr int kDwCols = 8;
+  using Pair = Single<V>;
+  static constexpr int kDwCols = 8, kDwCols3 = 8, kDwCols5 = 8;
   static constexpr bool kWinograd = true;
 };
 
-constexpr KernelTable kTable = make_table<Config>("avx512");
+constexpr KernelTable kTable = make_table<Config, depthwise_near<Config>>("avx512");
 
 }  // namespace
 

@@ -163,7 +163,7 @@ struct Config {
   static constexpr int kWideUnits = 2, kWideRows = 2;
   // 16 registers of sums, 3 or 5 of taps, 2 of pixels
   using Pair = Bf16Pair;
-  static constexpr int kDwCols = 8, kDwCols5 = 8;
+  static constexpr int kDwCols3 = 8, kDwCols5 = 8;
 };
 
 constexpr BasicKernels<BFloat16> kTable = {"neon_bf16",

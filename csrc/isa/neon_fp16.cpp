@@ -162,7 +162,7 @@ struct Config {
   static constexpr int kWideUnits = 4, kWideRows = 1;
   // 16 registers of sums, 6 or 10 of taps, 2 of a pixel; with 5 x 5 taps twice as many sums
   using Pair = HalfPair;
-  static constexpr int kDwCols = 8, kDwCols5 = 4;
+  static constexpr int kDwCols3 = 8, kDwCols5 = 4;
 };
 
 // Depthwise in fp32 arithmetic, for convolutions without BatchNorm: torch rounds their result once.
