@@ -98,7 +98,8 @@ void body(void* ctx, int tid, int threads) {
       const float* from = c.k.p + image * c.k.image;
       for (int u = 0; u < units_of(c.key_dim); ++u)
         pack_keys(k, from + u * kUnit * c.k.element, c.k.row, c.k.element, u, c.nk, c.key_dim, keys);
-      for (std::ptrdiff_t j = 0; j < units_of(c.nk) * kUnit * c.key_dim; ++j) keys[j] *= scale;
+      const std::ptrdiff_t floats = static_cast<std::ptrdiff_t>(units_of(c.nk)) * kUnit * c.key_dim;
+      for (std::ptrdiff_t j = 0; j < floats; ++j) keys[j] *= scale;
       from = c.v.p + image * c.v.image;
       for (int u = 0; u < units_of(c.value_dim); ++u) {
         k.load_unit(from + u * kUnit * c.v.element, c.v.row, c.v.element, c.nk,
@@ -109,13 +110,16 @@ void body(void* ctx, int tid, int threads) {
     const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(n) * kUnit;
     const float* from = c.q.p + image * c.q.image + head * c.q.head + first * c.q.row;
     float* to = c.out.p + image * c.out.image + head * c.out.head + first * c.out.row;
-    for (int u = 0; u < units_of(c.key_dim) && !q_near; ++u) {
-      k.load_unit(from + u * kUnit * c.q.element, c.q.row, c.q.element, n, std::min(kUnit, c.key_dim - u * kUnit),
-                  q + u * plane);
+    if (!q_near) {
+      for (int u = 0; u < units_of(c.key_dim); ++u) {
+        k.load_unit(from + u * kUnit * c.q.element, c.q.row, c.q.element, n, std::min(kUnit, c.key_dim - u * kUnit),
+                    q + u * plane);
+      }
     }
     attend(k, heads, q_near ? HeadRows<const float>{from, c.q.row, kUnit} : HeadRows<const float>{q, kUnit, plane},
            out_near ? HeadRows<float>{to, c.out.row, kUnit} : HeadRows<float>{q, kUnit, plane}, n, scores);
-    for (int u = 0; u < units_of(c.value_dim) && !out_near; ++u) {
+    if (out_near) continue;
+    for (int u = 0; u < units_of(c.value_dim); ++u) {
       k.store_unit(q + u * plane, to + u * kUnit * c.out.element, c.out.row, c.out.element, n,
                    std::min(kUnit, c.value_dim - u * kUnit));
     }

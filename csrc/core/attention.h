@@ -29,7 +29,7 @@ inline std::size_t value_floats(int nk, int value_dim) {
 void pack_keys(const KernelTable& k, const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int unit, int nk,
                int key_dim, float* keys);
 
-/// Rows of one head: elements [16 * unit, 16 * unit + 16) of a row are p[row * pix + unit * this->unit + 0 ... 15].
+/// Rows of one head, in units of 16 elements: those of row r and unit u begin at p + r * pix + u * unit.
 template <class T>
 struct HeadRows {
   T* p = nullptr;
