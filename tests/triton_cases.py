@@ -7,6 +7,7 @@ prints one line of JSON per case.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,11 @@ import torch
 from torch import Tensor
 
 from mnv4_ops.reference import functional as R
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import add_by_halves
+
+    add_by_halves()
 
 STAGES = ("start", "expand", "mid", "project")
 
@@ -283,10 +289,6 @@ def main() -> None:
     # the reference on a GPU
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-    if device == "cpu":
-        from interpreter import add_by_halves
-
-        add_by_halves()
     failed = 0
     only = sys.argv[2] if len(sys.argv) > 2 else None
     for name, dtype, desc, (n, h, w), layout, choice in small_cases():

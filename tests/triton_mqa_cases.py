@@ -215,10 +215,6 @@ def special_values(device: str) -> None:
 def main() -> None:
     torch.manual_seed(0)
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-    if device == "cpu":
-        from interpreter import add_by_halves
-
-        add_by_halves()
     failed = 0
 
     def report(name: str, dtype: torch.dtype, found: tuple[float, float]) -> None:

@@ -33,8 +33,7 @@ void pack_keys(const KernelTable& k, const float* src, std::ptrdiff_t pix, std::
   for (int i = 0; i < units_of(nk) * kUnit; ++i) beyond[i] = i < nk ? 0.0f : -std::numeric_limits<float>::infinity();
 }
 
-void attend(const KernelTable& k, const Heads& h, const HeadRows<const float>& q, const HeadRows<float>& o, int rows,
-            float* scores) {
+void attend(const KernelTable& k, const Heads& h, const View& q, const View& o, int rows, float* scores) {
   const int units = units_of(h.nk), depth = units_of(h.key_dim);
   const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(rows) * kUnit;
   float* inverse = scores + units * plane;
@@ -108,7 +107,7 @@ void body(void* ctx, int tid, int threads) {
     }
     const int head = i % each / parts, first = i % parts * rows, n = std::min(rows, c.nq - first);
     const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(n) * kUnit;
-    const float* from = c.q.p + image * c.q.image + head * c.q.head + first * c.q.row;
+    float* from = c.q.p + image * c.q.image + head * c.q.head + first * c.q.row;
     float* to = c.out.p + image * c.out.image + head * c.out.head + first * c.out.row;
     if (!q_near) {
       for (int u = 0; u < units_of(c.key_dim); ++u) {
@@ -116,8 +115,9 @@ void body(void* ctx, int tid, int threads) {
                     q + u * plane);
       }
     }
-    attend(k, heads, q_near ? HeadRows<const float>{from, c.q.row, kUnit} : HeadRows<const float>{q, kUnit, plane},
-           out_near ? HeadRows<float>{to, c.out.row, kUnit} : HeadRows<float>{q, kUnit, plane}, n, scores);
+    const View copied{.p = q, .unit = plane, .pix = kUnit};
+    attend(k, heads, q_near ? View{.p = from, .unit = kUnit, .pix = c.q.row} : copied,
+           out_near ? View{.p = to, .unit = kUnit, .pix = c.out.row} : copied, n, scores);
     if (out_near) continue;
     for (int u = 0; u < units_of(c.value_dim); ++u) {
       k.store_unit(q + u * plane, to + u * kUnit * c.out.element, c.out.row, c.out.element, n,

@@ -29,17 +29,9 @@ inline std::size_t value_floats(int nk, int value_dim) {
 void pack_keys(const KernelTable& k, const float* src, std::ptrdiff_t pix, std::ptrdiff_t chan, int unit, int nk,
                int key_dim, float* keys);
 
-/// Rows of one head, in units of 16 elements: those of row r and unit u begin at p + r * pix + u * unit.
-template <class T>
-struct HeadRows {
-  T* p = nullptr;
-  std::ptrdiff_t pix = kUnit, unit = 0;
-};
-
-/// o = softmax(q k^T) v for `rows` query rows of one head. The scale of the scores, in units of log2 e, is in q or in
-/// the keys. Of o whole units are written. o may be q.
-void attend(const KernelTable& k, const Heads& heads, const HeadRows<const float>& q, const HeadRows<float>& o,
-            int rows, float* scores);
+/// o = softmax(q k^T) v for `rows` query rows of one head, which are pixels of one row of q and of o. The scale of the
+/// scores, in units of log2 e, is in q or in the keys. Of o whole units are written. o may be q.
+void attend(const KernelTable& k, const Heads& heads, const View& q, const View& o, int rows, float* scores);
 
 /// Strides in floats: image, head, row, element.
 struct Strided {

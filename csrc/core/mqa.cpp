@@ -263,9 +263,9 @@ void MqaBlock::run_image(const KernelTable& k, const Team& t, const View& x, con
       k.gemm(q);
       for (int at = 0; at < count; at += p.part) {
         for (int i = 0; i < heads; ++i) {
-          attend(k, shared, {queries + i * key_units() * plane + at * kUnit, kUnit, plane},
-                 {outputs + i * value_units() * plane + at * kUnit, kUnit, plane}, std::min(p.part, count - at),
-                 scores);
+          attend(k, shared, {.p = queries + i * key_units() * plane + at * kUnit, .unit = plane, .pix = kUnit},
+                 {.p = outputs + i * value_units() * plane + at * kUnit, .unit = plane, .pix = kUnit},
+                 std::min(p.part, count - at), scores);
         }
       }
       t.after.announce(o, 0, t.n);
@@ -280,8 +280,9 @@ void MqaBlock::run_image(const KernelTable& k, const Team& t, const View& x, con
     t.share(heads * parts, 1, [&](int first, int end, int) {
       for (int i = first; i < end; ++i) {
         const int head = i / parts, at = i % parts * p.part;
-        attend(k, shared, {queries + head * key_units() * plane + at * kUnit, kUnit, plane},
-               {outputs + head * value_units() * plane + at * kUnit, kUnit, plane}, std::min(p.part, nq - at), scores);
+        attend(k, shared, {.p = queries + head * key_units() * plane + at * kUnit, .unit = plane, .pix = kUnit},
+               {.p = outputs + head * value_units() * plane + at * kUnit, .unit = plane, .pix = kUnit},
+               std::min(p.part, nq - at), scores);
       }
     });
     t.meet();

@@ -57,7 +57,7 @@ struct Config {
   using V = Vec256;
   static constexpr int kTallUnits = 1, kTallRows = 6;
   static constexpr int kWideUnits = 2, kWideRows = 2;
-  using Pair = Single<V>;
+  using StripVec = Single<V>;
   static constexpr int kDwCols = 6, kDwCols3 = 8, kDwCols5 = 8;
   static constexpr bool kWinograd = true;
 };

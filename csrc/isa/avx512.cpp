@@ -50,7 +50,7 @@ struct Config {
   using V = Vec512;
   static constexpr int kTallUnits = 2, kTallRows = 13;
   static constexpr int kWideUnits = 4, kWideRows = 6;
-  using Pair = Single<V>;
+  using StripVec = Single<V>;
   static constexpr int kDwCols = 8, kDwCols3 = 8, kDwCols5 = 8;
   static constexpr bool kWinograd = true;
 };

@@ -71,7 +71,7 @@ struct Config {
   static constexpr int kTallUnits = 1, kTallRows = 5;
   static constexpr int kWideUnits = 2, kWideRows = 2;
   // 16 registers of sums, 6 or 10 of taps, 2 of a pixel
-  using Pair = NeonPair;
+  using StripVec = NeonPair;
   static constexpr int kDwCols3 = 8, kDwCols5 = 8;
   static constexpr bool kWinograd = false;
 };

@@ -162,7 +162,7 @@ struct Config {
   static constexpr int kTallRows = 6, kPixelsAtOnce = 2;
   static constexpr int kWideUnits = 2, kWideRows = 2;
   // 16 registers of sums, 3 or 5 of taps, 2 of pixels
-  using Pair = Bf16Pair;
+  using StripVec = Bf16Pair;
   static constexpr int kDwCols3 = 8, kDwCols5 = 8;
 };
 

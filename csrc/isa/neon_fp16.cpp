@@ -161,7 +161,7 @@ struct Config {
   static constexpr int kTallRows = 4, kPixelsAtOnce = 1;
   static constexpr int kWideUnits = 4, kWideRows = 1;
   // 16 registers of sums, 6 or 10 of taps, 2 of a pixel; with 5 x 5 taps twice as many sums
-  using Pair = HalfPair;
+  using StripVec = HalfPair;
   static constexpr int kDwCols3 = 8, kDwCols5 = 4;
 };
 

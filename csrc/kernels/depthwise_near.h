@@ -34,6 +34,5 @@ struct Single : V {
 
 template <class Cfg>
 void depthwise_near(const DepthwiseArgs& d) {
-  const bool bordered = d.width == 0 && d.src_pix == kUnit && d.dst_pix == kUnit;
-  bordered ? depthwise<Cfg>(d) : depthwise_of<Cfg, kUnknown>(d);
+  bordered(d) ? depthwise<Cfg>(d) : depthwise_of<Cfg, kUnknown>(d);
 }

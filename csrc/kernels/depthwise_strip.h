@@ -129,8 +129,8 @@ MNV4_INLINE StripFn<typename V::Elem> pick_strip(int cols, int left, int right, 
 }
 
 template <class Cfg, int K, int S, int Pix>
-void depthwise_strips(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
-  using V = typename Cfg::Pair;
+void depthwise_strips(const BasicDepthwiseArgs<typename Cfg::StripVec::Elem>& d) {
+  using V = typename Cfg::StripVec;
   constexpr int most = K == 5 ? Cfg::kDwCols5 : Cfg::kDwCols3;
   // strips of one width, the last one over columns of the one before where they do not come out even
   int cols = d.cols, strips = 1;
@@ -164,10 +164,16 @@ void depthwise_strips(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
 }
 
 template <class Cfg, int Pix>
-MNV4_INLINE void depthwise_of(const BasicDepthwiseArgs<typename Cfg::Pair::Elem>& d) {
+MNV4_INLINE void depthwise_of(const BasicDepthwiseArgs<typename Cfg::StripVec::Elem>& d) {
   if (d.kernel == 3) {
     d.stride == 1 ? depthwise_strips<Cfg, 3, 1, Pix>(d) : depthwise_strips<Cfg, 3, 2, Pix>(d);
   } else {
     d.stride == 1 ? depthwise_strips<Cfg, 5, 1, Pix>(d) : depthwise_strips<Cfg, 5, 2, Pix>(d);
   }
+}
+
+// A plane with borders, to one without gaps.
+template <class E>
+MNV4_INLINE bool bordered(const BasicDepthwiseArgs<E>& d) {
+  return d.width == 0 && d.src_pix == kUnit && d.dst_pix == kUnit;
 }

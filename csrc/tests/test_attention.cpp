@@ -72,8 +72,8 @@ void attention(const KernelTable& k, Random& random) {
     k.load_unit(value.data() + u * kUnit, dv, 1, nk, std::min(kUnit, dv - u * kUnit), values.data() + u * nk * kUnit);
   for (int u = 0; u < ud; ++u)
     k.load_unit(query.data() + u * kUnit, d, 1, rows, std::min(kUnit, d - u * kUnit), q.data() + u * rows * kUnit);
-  attend(k, {keys.data(), values.data(), nk, d, dv}, {q.data(), kUnit, rows * kUnit}, {o.data(), kUnit, rows * kUnit},
-         rows, scores.data());
+  attend(k, {keys.data(), values.data(), nk, d, dv}, {.p = q.data(), .unit = rows * kUnit, .pix = kUnit},
+         {.p = o.data(), .unit = rows * kUnit, .pix = kUnit}, rows, scores.data());
   for (int r = 0; r < rows; ++r) {
     std::vector<double> p(nk);
     double top = -1e300, sum = 0.0;
