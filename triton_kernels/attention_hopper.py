@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from .hopper_tile import async_copy, barrier, begin, copy_rows, maxima, opaque_zero, publish, weigh
+from .hopper_tile import async_copy, barrier, begin, copy_rows, maxima, normalised, opaque_zero, publish, weigh
 
 
 @gluon.jit(do_not_specialize=("ROWS", "NK", "PARTS"))
@@ -37,7 +37,6 @@ def attention_hopper_kernel(
     S_P: gl.constexpr = (HEADS + 2) * D
     S_D: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16)
     L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS0, 16])
-    L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     i_t = gl.program_id(0)
     i_b = (i_t // PARTS).to(gl.int64)
@@ -79,12 +78,11 @@ def attention_hopper_kernel(
         else:
             b_s0 = hopper.warpgroup_mma_wait(0, deps=[b_s0])
             b_s1 = b_s0
-        b_s0, b_s1, b_m = maxima(b_s0, b_s1, NK, scale, FULL, TWO_KEYS)
-        b_r, b_l, b_a0, b_a1 = weigh(b_s0, b_s1, b_m, v_s0, v_b1.index(z), scale, TWO_KEYS, False, WARPS)
-        b_r, b_a0, b_a1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_a0, b_a1])
-        b_r = b_r * gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, L_O))[:, None]
+        b_s0, b_s1, b_m = maxima(b_s0, b_s1, NK, scale, FULL, TWO_KEYS, WARPS)
+        b_r, b_l, operands = weigh(b_s0, b_s1, b_m, v_s0, v_b1.index(z), scale, TWO_KEYS, False, WARPS)
+        b_r = hopper.warpgroup_mma_wait(0, deps=(b_r,) + operands)[0]
         # through the place of the queries, whose rows a warp alone has read
-        q_s.store(b_r.to(DTYPE))
+        q_s.store(normalised(b_r, b_l, False).to(DTYPE))
         barrier()
         o_r = i_r + gl.arange(0, BLOCK_P, gl.SliceLayout(1, LAYOUT))
         o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))

@@ -65,36 +65,31 @@ def copy_affine(tile, p, NP: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def copy_pieces(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr, DIM: gl.constexpr):
-    """Starts the copy of one head's matrix, in pieces along DIM, once all warps are here."""
-    mbarrier.expect(bar0, tile0.shape[0] * tile0.shape[1] * 2)
+def copy_pieces(tile0, tile1, desc0, desc1, i_h, bar, TWO: gl.constexpr, DIM: gl.constexpr):
+    """Starts the copy of one head's matrix, in pieces along DIM; `mbarrier.wait(bar, ...)` waits for both.
+
+    A barrier of the threads must come between the last use of the tiles and this.
+    """
+    FIRST: gl.constexpr = tile0.shape[DIM]
     if TWO:
-        mbarrier.expect(bar1, tile1.shape[0] * tile1.shape[1] * 2)
-    barrier()
-    tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar0, tile0)
-    if TWO:
-        FIRST: gl.constexpr = tile0.shape[DIM]
-        tma.async_copy_global_to_shared(desc1, [i_h, FIRST * (1 - DIM), FIRST * DIM], bar1, tile1)
+        mbarrier.expect(bar, (tile0.shape[0] * tile0.shape[1] + tile1.shape[0] * tile1.shape[1]) * 2)
+        tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar, tile0)
+        tma.async_copy_global_to_shared(desc1, [i_h, FIRST * (1 - DIM), FIRST * DIM], bar, tile1)
+    else:
+        mbarrier.expect(bar, tile0.shape[0] * tile0.shape[1] * 2)
+        tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar, tile0)
 
 
 @gluon.jit
-def copy_head(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
+def copy_head(tile0, tile1, desc0, desc1, i_h, bar, TWO: gl.constexpr):
     """Columns of a projection: pieces of rows."""
-    copy_pieces(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO, 0)
+    copy_pieces(tile0, tile1, desc0, desc1, i_h, bar, TWO, 0)
 
 
 @gluon.jit
-def copy_out(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO: gl.constexpr):
+def copy_out(tile0, tile1, desc0, desc1, i_h, bar, TWO: gl.constexpr):
     """Rows of the output projection: pieces of columns."""
-    copy_pieces(tile0, tile1, desc0, desc1, i_h, bar0, bar1, TWO, 1)
-
-
-@gluon.jit
-def await_copies(bar0, bar1, phase, TWO: gl.constexpr):
-    """What was copied may be read."""
-    mbarrier.wait(bar0, phase & 1)
-    if TWO:
-        mbarrier.wait(bar1, phase & 1)
+    copy_pieces(tile0, tile1, desc0, desc1, i_h, bar, TWO, 1)
 
 
 @gluon.jit
@@ -180,7 +175,18 @@ def multiply(b_a, tile, b_acc, LIKE: gl.constexpr, SHORT: gl.constexpr, BEGIN: g
 
 
 @gluon.jit
-def maxima(b_s0, b_s1, NK, scale, FULL: gl.constexpr, TWO_KEYS: gl.constexpr):
+def _folded(b_x, SUM: gl.constexpr, WARPS: gl.constexpr):
+    """Sums or maxima of every 16th column: no exchange between threads, and no long chain of dependent steps."""
+    if b_x.shape[1] == 16:
+        L_16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 16, 16])
+        return gl.convert_layout(b_x, L_16, assert_trivial=True)
+    else:
+        b_left, b_right = halves(b_x)
+        return _folded(b_left + b_right if SUM else gl.maximum(b_left, b_right), SUM, WARPS)
+
+
+@gluon.jit
+def maxima(b_s0, b_s1, NK, scale, FULL: gl.constexpr, TWO_KEYS: gl.constexpr, WARPS: gl.constexpr):
     """Scores in one or two pieces with -inf beyond NK, and the largest of each row, scaled."""
     L_0: gl.constexpr = b_s0.type.layout
     KEYS0: gl.constexpr = b_s0.shape[1]
@@ -190,13 +196,38 @@ def maxima(b_s0, b_s1, NK, scale, FULL: gl.constexpr, TWO_KEYS: gl.constexpr):
         if FULL < 2:
             o_1 = KEYS0 + gl.arange(0, KEYS1, gl.SliceLayout(0, L_1))
             b_s1 = gl.where((o_1 < NK)[None, :], b_s1, float("-inf"))
-        b_m = gl.maximum(gl.max(b_s0, 1), gl.convert_layout(gl.max(b_s1, 1), gl.SliceLayout(1, L_0)))
+        b_f = gl.maximum(_folded(b_s0, False, WARPS), _folded(b_s1, False, WARPS))
     else:
         if FULL < 1:
             b_s0 = gl.where((gl.arange(0, KEYS0, gl.SliceLayout(0, L_0)) < NK)[None, :], b_s0, float("-inf"))
-        b_m = gl.max(b_s0, 1)
+        b_f = _folded(b_s0, False, WARPS)
+    b_m = gl.convert_layout(gl.max(b_f, 1), gl.SliceLayout(1, L_0), assert_trivial=True)
     # a row of -inf alone keeps its -inf scores: NaN only where torch has it
     return b_s0, b_s1, gl.where(b_m == float("-inf"), 0.0, b_m) * scale
+
+
+@gluon.jit
+def _weigh(b_s, b_m, v_s, i_k, b_r, scale, BEGIN: gl.constexpr, ONES: gl.constexpr, WARPS: gl.constexpr):
+    """Adds to the product; sums of every 16th weight, operands. In turns of 32 keys: products run beside exponentials.
+
+    `i_k`: where the keys of `b_s` begin in the tile of values.
+    """
+    N: gl.constexpr = b_s.shape[1]
+    if N > 32:
+        b_left, b_right = halves(b_s)
+        b_r, b_l0, b_a0 = _weigh(b_left, b_m, v_s, i_k, b_r, scale, BEGIN, ONES, WARPS)
+        b_r, b_l1, b_a1 = _weigh(b_right, b_m, v_s, i_k + N // 2, b_r, scale, False, ONES, WARPS)
+        return b_r, b_l0 + b_l1, b_a0 + b_a1
+    else:
+        b_m = gl.convert_layout(b_m, gl.SliceLayout(1, b_s.type.layout), assert_trivial=True)
+        b_p = gl.exp2(gl.fma(b_s, scale, -b_m[:, None]))
+        b_l = 0
+        if not ONES:
+            b_l = _folded(b_p, True, WARPS)
+        L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, v_s.shape[1], 16])
+        b_a = as_operand(b_p.to(v_s.dtype), L_O)
+        b_r = hopper.warpgroup_mma(b_a, v_s.slice(i_k, N, dim=0), b_r, use_acc=not BEGIN, is_async=True)
+        return b_r, b_l, (b_a,)
 
 
 @gluon.jit
@@ -204,27 +235,28 @@ def weigh(
     b_s0, b_s1, b_m, v_s0, v_s1, scale,
     TWO_KEYS: gl.constexpr, ONES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Starts the product of 2^(scores - maxima) and values; that, the sums of the weights, operands to wait with.
+    """Starts the product of 2^(scores - maxima) and values; that, what `normalised` wants, operands to wait with.
 
-    With ONES the sums come out of the product: 0 is returned for them.
+    With ONES the sums of the weights come out of the product.
     """
-    DTYPE: gl.constexpr = v_s0.dtype
     N: gl.constexpr = b_s0.shape[0]
     D: gl.constexpr = v_s0.shape[1]
     L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
-    b_p0 = gl.exp2(gl.fma(b_s0, scale, -b_m[:, None]))
-    b_l = 0
-    if not ONES:
-        b_l = gl.sum(b_p0, 1)
-    b_a0 = as_operand(b_p0.to(DTYPE), L_O)
     b_r = gl.zeros([N, D], gl.float32, L_O)
-    b_r = hopper.warpgroup_mma(b_a0, v_s0, b_r, use_acc=False, is_async=True)
-    b_a1 = b_a0
     if TWO_KEYS:
-        b_m1 = gl.convert_layout(b_m, gl.SliceLayout(1, b_s1.type.layout))
-        b_p1 = gl.exp2(gl.fma(b_s1, scale, -b_m1[:, None]))
-        if not ONES:
-            b_l += gl.convert_layout(gl.sum(b_p1, 1), gl.SliceLayout(1, b_s0.type.layout))
-        b_a1 = as_operand(b_p1.to(DTYPE), L_O)
-        b_r = hopper.warpgroup_mma(b_a1, v_s1, b_r, is_async=True)
-    return b_r, b_l, b_a0, b_a1
+        b_r, b_l1, b_a1 = _weigh(b_s1, b_m, v_s1, 0, b_r, scale, True, ONES, WARPS)
+        b_r, b_l0, b_a0 = _weigh(b_s0, b_m, v_s0, 0, b_r, scale, False, ONES, WARPS)
+        return b_r, b_l0 + b_l1, b_a0 + b_a1
+    else:
+        return _weigh(b_s0, b_m, v_s0, 0, b_r, scale, True, ONES, WARPS)
+
+
+@gluon.jit
+def normalised(b_r, b_l, ONES: gl.constexpr):
+    """The product of weights and values over the sums of the weights, which are in its column 48 with ONES."""
+    if ONES:
+        # the other columns beyond the channels are zero
+        _, b_half = halves(b_r)
+        _, b_l = halves(b_half)
+    b_l = gl.convert_layout(gl.sum(b_l, 1), gl.SliceLayout(1, b_r.type.layout), assert_trivial=True)
+    return b_r * (1.0 / b_l)[:, None]

@@ -1,8 +1,9 @@
 """`mqa_kernel` for Hopper's tensor cores, written in Gluon; what is computed is what `mqa.py` says.
 
 A program has 64 pixels and four warps, so that two programs share a multiprocessor: one multiplies while the other
-takes exponentials. In one program the output projection of a head runs beside the softmax of the next, and weights are
-copied while the head before attends. 16-bit dtypes, heads of 64 columns (what lies beyond their channels is zero, not
+takes exponentials. In one program a head is divided by the sums of its weights, and its output projection started,
+behind the queries of the next head; values are multiplied beside exponentials; weights are copied when all products
+are done that were started before. 16-bit dtypes, heads of 64 columns (what lies beyond their channels is zero, not
 read, and with at most 48 channels left out of two of the four products).
 """
 
@@ -19,19 +20,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import tile_layout
 from .hopper_tile import (
     async_copy,
-    await_copies,
     barrier,
     begin,
     copy_affine,
     copy_head,
     copy_out,
     copy_rows,
-    halves,
     load_pixels,
     maxima,
     mbarrier,
     multiply,
     normalise,
+    normalised,
     opaque_zero,
     project,
     publish,
@@ -41,36 +41,26 @@ from .hopper_tile import (
 
 
 @gluon.jit
-def _as_output(wq_s0, wq_s1, wo_s0, wo_s1):
-    """The buffers of queries' weights as such of the output's."""
-    DTYPE: gl.constexpr = wo_s0.dtype
-    D: gl.constexpr = wo_s0.shape[0]
-    N0: gl.constexpr = wo_s0.shape[1]
-    N1: gl.constexpr = wo_s1.shape[1]
-    return wq_s0._reinterpret(DTYPE, [D, N0], wo_s0.layout), wq_s1._reinterpret(DTYPE, [D, N1], wo_s1.layout)
-
-
-@gluon.jit
 def _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO: gl.constexpr, SHORT: gl.constexpr, WARPS: gl.constexpr):
-    """Starts a head's part of the output projection."""
+    """Starts a head's part of the output projection; sums and the operands to wait with."""
     N0: gl.constexpr = wo_s0.shape[1]
     L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N0, 16])
-    b_acc0, b_a0, b_a1 = multiply(b_o, wo_s0, b_acc0, L_0, SHORT, False)
+    b_acc0, b_o0, b_o1 = multiply(b_o, wo_s0, b_acc0, L_0, SHORT, False)
     if TWO:
         N1: gl.constexpr = wo_s1.shape[1]
         L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N1, 16])
         b_acc1, _, _ = multiply(b_o, wo_s1, b_acc1, L_1, SHORT, False)
     else:
         b_acc1 = b_acc0
-    return b_acc0, b_acc1, b_a0, b_a1
+    return b_acc0, b_acc1, (b_o0, b_o1)
 
 
 @gluon.jit
 def _attend(
     b_q,  # [BLOCK_P, DKP]
-    b_o,  # of the head before
     b_acc0,
     b_acc1,
+    operands,  # of the output projection in flight
     x_s0,
     x_s1,
     wq_s0,
@@ -81,10 +71,8 @@ def _attend(
     k_s1,
     v_s0,
     v_s1,
-    q_bar0,
-    q_bar1,
-    o_bar0,
-    o_bar1,
+    q_bar,
+    o_bar,
     desc_q0,
     desc_q1,
     desc_o0,
@@ -98,68 +86,48 @@ def _attend(
     C: gl.constexpr,
     HEADS: gl.constexpr,
     FULL: gl.constexpr,
-    INLINE: gl.constexpr,
-    FIRST: gl.constexpr,
     TWO: gl.constexpr,  # pieces of channels
     TWO_KEYS: gl.constexpr,
     SHORT: gl.constexpr,  # heads of at most 48 channels
     ONES: gl.constexpr,  # values have a column of ones behind these, which makes the sum of the weights
     WARPS: gl.constexpr,
 ):
-    """softmax(q k^T scale) v, [BLOCK_P, DVP] rounded, and the output projection of the head before.
+    """2^(scores - maxima) v, [BLOCK_P, DVP], what `normalised` wants with it, and the sums of the output projection.
 
-    That one runs while exponentials are taken, as does the copy of the weights of the next queries.
+    Once the products are done that were started before, weights are copied: of the next queries, of this head's output.
     """
-    DTYPE: gl.constexpr = v_s0.dtype
     BLOCK_P: gl.constexpr = b_q.shape[0]
     KEYS0: gl.constexpr = k_s0.shape[0]
-    DVP: gl.constexpr = v_s0.shape[1]
     L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS0, 16])
-    L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DVP, 16])
     b_z0 = gl.zeros([BLOCK_P, KEYS0], gl.float32, L_0)
     b_s0, b_q0, b_q1 = multiply(b_q, k_s0.permute((1, 0)), b_z0, L_0, SHORT, True)
+    b_s1 = b_s0
     if TWO_KEYS:
         KEYS1: gl.constexpr = k_s1.shape[0]
         L_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS1, 16])
         b_z1 = gl.zeros([BLOCK_P, KEYS1], gl.float32, L_1)
         b_s1, _, _ = multiply(b_q, k_s1.permute((1, 0)), b_z1, L_1, SHORT, True)
+    found = hopper.warpgroup_mma_wait(0, deps=(b_s0, b_s1, b_acc0, b_acc1, b_q0, b_q1) + operands)
+    b_s0, b_s1, b_acc0, b_acc1 = found[0], found[1], found[2], found[3]
+    if not TWO:
+        b_acc1 = b_acc0
+    barrier()
     if i_h + 1 < HEADS:
-        copy_head(wq_s0, wq_s1, desc_q0, desc_q1, i_h + 1, q_bar0, q_bar1, TWO)
+        copy_head(wq_s0, wq_s1, desc_q0, desc_q1, i_h + 1, q_bar, TWO)
     else:
-        # the buffer of the last head's queries is free
-        copy_out(*_as_output(wq_s0, wq_s1, wo_s0, wo_s1), desc_o0, desc_o1, HEADS - 1, q_bar0, q_bar1, TWO)
-        # and so is that of the pixels, which are added in the end
+        # the place of the pixels, which are added in the end, is free; their addresses are computed anew, since those
+        # of the first time would stay in registers
         N0: gl.constexpr = x_s0.shape[1]
+        i_p += opaque_zero()
         copy_rows(x_s0, p_x, i_p, NQ, C, True, WARPS)
         if TWO:
             copy_rows(x_s1, p_x + N0, i_p, NQ, C, True, WARPS)
         async_copy.commit_group()
-    if TWO_KEYS:
-        b_s0, b_s1, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_s1, b_q0, b_q1])
-    else:
-        b_s0, b_q0, b_q1 = hopper.warpgroup_mma_wait(0, deps=[b_s0, b_q0, b_q1])
-        b_s1 = b_s0
-    b_s0, b_s1, b_m = maxima(b_s0, b_s1, NK, scale, FULL, TWO_KEYS)
-    if not FIRST:
-        await_copies(o_bar0, o_bar1, i_h - 1 + INLINE, TWO)
-        b_acc0, b_acc1, b_w0, b_w1 = _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
-    b_r, b_l, b_a0, b_a1 = weigh(b_s0, b_s1, b_m, v_s0, v_s1, scale, TWO_KEYS, ONES, WARPS)
-    if FIRST:
-        b_r, b_a0, b_a1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_a0, b_a1])
-    elif TWO:
-        b_r, b_acc0, b_acc1, b_a0, b_a1, b_w0, b_w1 = hopper.warpgroup_mma_wait(
-            0, deps=[b_r, b_acc0, b_acc1, b_a0, b_a1, b_w0, b_w1]
-        )
-    else:
-        b_r, b_acc0, b_a0, b_a1, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_r, b_acc0, b_a0, b_a1, b_w0, b_w1])
-        b_acc1 = b_acc0
-    if ONES:
-        # the other columns beyond the channels are zero
-        _, b_half = halves(b_r)
-        _, b_quarter = halves(b_half)
-        b_l = gl.sum(b_quarter, 1)
-    b_r = b_r * gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, L_O))[:, None]
-    return b_r.to(DTYPE), b_acc0, b_acc1
+    copy_out(wo_s0, wo_s1, desc_o0, desc_o1, i_h, o_bar, TWO)
+    b_s0, b_s1, b_m = maxima(b_s0, b_s1, NK, scale, FULL, TWO_KEYS, WARPS)
+    b_r, b_l, operands = weigh(b_s0, b_s1, b_m, v_s0, v_s1, scale, TWO_KEYS, ONES, WARPS)
+    b_r = hopper.warpgroup_mma_wait(0, deps=(b_r,) + operands)[0]
+    return b_r, b_l, b_acc0, b_acc1
 
 
 @gluon.jit
@@ -172,7 +140,7 @@ def _affine_place(tile, N: gl.constexpr):
 
 @gluon.jit
 def _store(
-    b_acc, tile, affine, p_out, o_p, NQ, i_n,
+    b_acc, tile, affine, p_out, i_p, NQ, i_n,
     C: gl.constexpr, RESIDUAL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Scale, shift, residual (the pixels in `tile`, which is overwritten); one rounding."""
@@ -184,7 +152,7 @@ def _store(
         b_y += tile.load(L_ACC).to(gl.float32)
     tile.store(b_y.to(tile.dtype))
     o_n = i_n + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
-    o_r = gl.convert_layout(o_p, gl.SliceLayout(1, LAYOUT))
+    o_r = i_p + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
     p_y = p_out + o_r.to(gl.int64)[:, None] * C + o_n[None, :]
     gl.store(p_y, tile.load(LAYOUT), mask=(o_r < NQ)[:, None])
 
@@ -255,10 +223,8 @@ def mqa_hopper_kernel(
         v_b1 = gl.allocate_shared_memory(DTYPE, [1, KEYS1, DVP], S_V)
     x_s0, wq_s0, wo_s0, k_s0, v_s0 = x_b0.index(0), wq_b0.index(0), wo_b0.index(0), k_b0.index(0), v_b0.index(0)
     x_s1, wq_s1, wo_s1, k_s1, v_s1 = x_b1.index(0), wq_b1.index(0), wo_b1.index(0), k_b1.index(0), v_b1.index(0)
-    q_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    o_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    o_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    o_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     o_p = i_p + gl.arange(0, BLOCK_P, gl.SliceLayout(1, L_O))
     p_x = x + i_b * NQ * C
     b_x0 = load_pixels(p_x, o_p, NQ, 0, C, BLOCK_C0, WARPS)
@@ -266,26 +232,25 @@ def mqa_hopper_kernel(
     if TWO:
         b_x1 = load_pixels(p_x, o_p, NQ, BLOCK_C0, C, BLOCK_C1, WARPS)
         b_scale1, b_shift1 = query_norm(norms, BLOCK_C0, CP, b_x1)
-    mbarrier.init(q_bar0, count=1)
-    mbarrier.init(q_bar1, count=1)
-    mbarrier.init(o_bar0, count=1)
-    mbarrier.init(o_bar1, count=1)
+    mbarrier.init(q_bar, count=1)
+    mbarrier.init(o_bar, count=1)
     if INLINE:
         wk_s0 = gl.allocate_shared_memory(DTYPE, [BLOCK_C0, DKP], S_K)
         wk_s1 = wk_s0
         if TWO:
             wk_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_C1, DKP], S_K)
-        k_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        k_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(k_bar0, count=1)
-        mbarrier.init(k_bar1, count=1)
+        k_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(k_bar, count=1)
+        barrier()
         wv_s0 = wo_s0._reinterpret(DTYPE, [BLOCK_C0, DVP], S_V)
         wv_s1 = wv_s0
         if TWO:
             wv_s1 = wo_s1._reinterpret(DTYPE, [BLOCK_C1, DVP], S_V)
-        copy_head(wk_s0, wk_s1, desc_q0, desc_q1, HEADS, k_bar0, k_bar1, TWO)
-        copy_head(wv_s0, wv_s1, desc_q0, desc_q1, HEADS + 1, o_bar0, o_bar1, TWO)
-    copy_head(wq_s0, wq_s1, desc_q0, desc_q1, 0, q_bar0, q_bar1, TWO)
+        copy_head(wk_s0, wk_s1, desc_q0, desc_q1, HEADS, k_bar, TWO)
+        copy_head(wv_s0, wv_s1, desc_q0, desc_q1, HEADS + 1, o_bar, TWO)
+    else:
+        barrier()
+    copy_head(wq_s0, wq_s1, desc_q0, desc_q1, 0, q_bar, TWO)
     if not INLINE:
         # the kernel before made keys and values alone; pixels are from before it, and it has waited for them
         begin(counters_next, i_t, ZERO, WARPS)
@@ -304,11 +269,11 @@ def mqa_hopper_kernel(
     publish()
     b_zq = gl.zeros([BLOCK_P, DKP], gl.float32, L_Q)
     if INLINE:
-        await_copies(k_bar0, k_bar1, 0, TWO)
+        mbarrier.wait(k_bar, 0)
         b_k = project(x_s0, x_s1, wk_s0, wk_s1, b_zq, TWO)
-        await_copies(o_bar0, o_bar1, 0, TWO)
+        mbarrier.wait(o_bar, 0)
         b_v = project(x_s0, x_s1, wv_s0, wv_s1, gl.zeros([BLOCK_P, DVP], gl.float32, L_O), TWO)
-        await_copies(q_bar0, q_bar1, 0, TWO)
+        mbarrier.wait(q_bar, 0)
         b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
         b_k = hopper.warpgroup_mma_wait(2 + 2 * TWO, deps=[b_k])
         k_s0.store(b_k.to(DTYPE))
@@ -318,7 +283,7 @@ def mqa_hopper_kernel(
         v_s0.store(gl.where((o_v < NQ)[:, None], b_v, 0.0).to(DTYPE))
         publish()
     else:
-        await_copies(q_bar0, q_bar1, 0, TWO)
+        mbarrier.wait(q_bar, 0)
         b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
     b_q = hopper.warpgroup_mma_wait(0, deps=[b_q])
     b_acc0 = gl.zeros([BLOCK_P, BLOCK_C0], gl.float32, L_C0)
@@ -326,22 +291,25 @@ def mqa_hopper_kernel(
     if TWO:
         L_C1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_C1, 16])
         b_acc1 = gl.zeros([BLOCK_P, BLOCK_C1], gl.float32, L_C1)
-    b_o, b_acc0, b_acc1 = _attend(
-        b_q.to(DTYPE), None, b_acc0, b_acc1, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
-        q_bar0, q_bar1, o_bar0, o_bar1, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, 0, NQ, NK, scale,
-        C, HEADS, FULL, INLINE, True, TWO, TWO_KEYS, SHORT, ONES, WARPS,
+    b_r, b_l, b_acc0, b_acc1 = _attend(
+        b_q.to(DTYPE), b_acc0, b_acc1, (), x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
+        q_bar, o_bar, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, 0, NQ, NK, scale,
+        C, HEADS, FULL, TWO, TWO_KEYS, SHORT, ONES, WARPS,
     )  # fmt: skip
     for i_h in range(1, HEADS):
         z = opaque_zero()
         x_s0, wq_s0, wo_s0, k_s0, v_s0 = x_b0.index(z), wq_b0.index(z), wo_b0.index(z), k_b0.index(z), v_b0.index(z)
         x_s1, wq_s1, wo_s1, k_s1, v_s1 = x_b1.index(z), wq_b1.index(z), wo_b1.index(z), k_b1.index(z), v_b1.index(z)
-        copy_out(wo_s0, wo_s1, desc_o0, desc_o1, i_h - 1, o_bar0, o_bar1, TWO)
-        await_copies(q_bar0, q_bar1, i_h, TWO)
-        b_q = hopper.warpgroup_mma_wait(0, deps=[project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)])
-        b_o, b_acc0, b_acc1 = _attend(
-            b_q.to(DTYPE), b_o, b_acc0, b_acc1, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
-            q_bar0, q_bar1, o_bar0, o_bar1, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, i_h, NQ, NK, scale,
-            C, HEADS, FULL, INLINE, False, TWO, TWO_KEYS, SHORT, ONES, WARPS,
+        mbarrier.wait(q_bar, i_h & 1)
+        b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
+        b_o = normalised(b_r, b_l, ONES).to(DTYPE)
+        mbarrier.wait(o_bar, (i_h - 1 + INLINE) & 1)
+        b_acc0, b_acc1, operands = _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
+        b_q = hopper.warpgroup_mma_wait((1 + SHORT) * (1 + TWO), deps=[b_q])
+        b_r, b_l, b_acc0, b_acc1 = _attend(
+            b_q.to(DTYPE), b_acc0, b_acc1, operands, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
+            q_bar, o_bar, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, i_h, NQ, NK, scale,
+            C, HEADS, FULL, TWO, TWO_KEYS, SHORT, ONES, WARPS,
         )  # fmt: skip
     # scale and shift of the output, in the places of keys and values
     a_s0 = _affine_place(k_b0.index(0), BLOCK_C0)
@@ -352,19 +320,19 @@ def mqa_hopper_kernel(
         a_s1 = _affine_place(v_b0.index(0), BLOCK_C1)
         copy_affine(a_s1, affine_out + BLOCK_C0, NP_OUT, WARPS)
     async_copy.commit_group()
-    await_copies(q_bar0, q_bar1, HEADS, TWO)
-    wl_s0, wl_s1 = _as_output(wq_b0.index(0), wq_b1.index(0), wo_b0.index(0), wo_b1.index(0))
-    b_acc0, b_acc1, b_w0, b_w1 = _output(b_o, wl_s0, wl_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
+    b_o = normalised(b_r, b_l, ONES).to(DTYPE)
+    mbarrier.wait(o_bar, (HEADS - 1 + INLINE) & 1)
+    b_acc0, b_acc1, operands = _output(b_o, wo_b0.index(0), wo_b1.index(0), b_acc0, b_acc1, TWO, SHORT, WARPS)
     async_copy.wait_group(0)
     barrier()
-    p_out = out + i_b * NQ * C
+    found = hopper.warpgroup_mma_wait(0, deps=(b_acc0, b_acc1) + operands)
+    # computed anew as well
+    i_t += opaque_zero()
+    i_p = i_t % TILES * BLOCK_P
+    p_out = out + (i_t // TILES).to(gl.int64) * NQ * C
+    _store(found[0], x_b0.index(0), a_s0, p_out, i_p, NQ, 0, C, RESIDUAL, WARPS)
     if TWO:
-        b_acc0, b_acc1, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_acc0, b_acc1, b_w0, b_w1])
-        _store(b_acc0, x_b0.index(0), a_s0, p_out, o_p, NQ, 0, C, RESIDUAL, WARPS)
-        _store(b_acc1, x_b1.index(0), a_s1, p_out, o_p, NQ, BLOCK_C0, C, RESIDUAL, WARPS)
-    else:
-        b_acc0, b_w0, b_w1 = hopper.warpgroup_mma_wait(0, deps=[b_acc0, b_w0, b_w1])
-        _store(b_acc0, x_b0.index(0), a_s0, p_out, o_p, NQ, 0, C, RESIDUAL, WARPS)
+        _store(found[1], x_b1.index(0), a_s1, p_out, i_p, NQ, BLOCK_C0, C, RESIDUAL, WARPS)
 
 
 def descriptors(w: Tensor, w_out: Tensor, c: tuple[int, int], heads: int, dims: tuple[int, int, int]) -> dict[str, Any]:

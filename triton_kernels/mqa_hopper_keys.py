@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from .hopper_tile import async_copy, await_copies, begin, copy_head, copy_rows, mbarrier, project, publish
+from .hopper_tile import async_copy, barrier, begin, copy_head, copy_rows, mbarrier, project, publish
 
 
 @gluon.jit
@@ -134,8 +134,7 @@ def mqa_keys_hopper_kernel(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [WARPS, 1], [1, 0])
     x_s0 = gl.allocate_shared_memory(DTYPE, [BLOCK_P, BLOCK_C0], S_C0)
     w_s0 = gl.allocate_shared_memory(DTYPE, [BLOCK_C0, DP], S_D)
-    bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     i_p = i_t.to(gl.int64) * BLOCK_P
     p_x = pixels + i_p * (2 * C) + i_v * C
     left = PK - i_t * BLOCK_P
@@ -143,9 +142,9 @@ def mqa_keys_hopper_kernel(
     if TWO:
         x_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_P, BLOCK_C1], S_C1)
         w_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_C1, DP], S_D)
-    mbarrier.init(bar0, count=1)
-    mbarrier.init(bar1, count=1)
-    copy_head(w_s0, w_s1, desc_q0, desc_q1, HEADS + i_v, bar0, bar1, TWO)
+    mbarrier.init(bar, count=1)
+    barrier()
+    copy_head(w_s0, w_s1, desc_q0, desc_q1, HEADS + i_v, bar, TWO)
     begin(counters_next, i_t + i_v, ZERO, WARPS)
     copy_rows(x_s0, p_x, 0, left, 2 * C, True, WARPS)
     if TWO:
@@ -153,7 +152,7 @@ def mqa_keys_hopper_kernel(
     async_copy.commit_group()
     async_copy.wait_group(0)
     publish()
-    await_copies(bar0, bar1, 0, TWO)
+    mbarrier.wait(bar, 0)
     b_acc = project(x_s0, x_s1, w_s0, w_s1, gl.zeros([BLOCK_P, DP], gl.float32, L_D), TWO)
     b_acc = hopper.warpgroup_mma_wait(0, deps=[b_acc])
     b_y = gl.convert_layout(b_acc.to(DTYPE), LAYOUT)
