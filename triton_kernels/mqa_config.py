@@ -113,7 +113,7 @@ def _in_three(tiles: int, keys0: int, keys1: int, sms: int) -> Config:
     attend = {"path": "attention_hopper", "p": 64, "turns": turns, "keys0": keys0, "keys1": keys1}
     attend |= {"regs": 168 if tiles < 4 * sms * turns else 0, "warps": 4, "stages": 1}
     first, last = (
-        {"path": path, "p": 128, "n": 128, "k": 64, "pieces": 4, "warps": 8, "stages": stages}
+        {"path": path, "p": 64, "n": 128, "k": 64, "pieces": 4, "warps": 4, "stages": stages}
         for path, stages in (("mqa_project_hopper", 5), ("pointwise_hopper", 4))
     )
     return _list(first, attend, last)

@@ -199,7 +199,7 @@ def _pointwise(
 
     (c, n), (p, block_n, k) = sizes, (cfg["p"], cfg["n"], cfg["k"])
     columns = -(-n // block_n)
-    lanes = max(1, min(runner._sms() // columns, -(-pixels // p)))
+    lanes = max(1, min(runner._sms() // columns, -(-pixels // (2 * p))))
     piece = [p, block_n // cfg["pieces"]]
     pixels_in = Mapped(x, (pixels, c), (p, k))
     added, result = (Mapped(matrix, (pixels, n), piece) for matrix in (residual or out, out))

@@ -1,9 +1,10 @@
 """1x1 convolutions for Hopper's tensor cores, written in Gluon: [pixels, C] times [C, N], what `pointwise.py` says.
 
-A program keeps the weights of BLOCK_N output channels in shared memory and takes tiles of pixels in turn. Everything
-else passes by the copy engine: pixels STAGES - 1 steps of BLOCK_K channels ahead, across tiles, the residual, the
-result. Within a tile a product is always in flight; the epilogue of a tile runs in pieces of columns beside the first
-products of the next one.
+A program keeps the weights of BLOCK_N output channels in shared memory. Two groups of four warps take tiles of 64
+pixels in turn, each on its own: what one does besides products runs beside those of the other. Everything else passes
+by the copy engine: pixels STAGES - 1 steps of BLOCK_K channels ahead, across tiles, the residual, the result. Within a
+tile a product is always in flight; the epilogue of a tile runs in pieces of columns beside the first products of the
+next one.
 """
 
 from __future__ import annotations
@@ -76,60 +77,22 @@ def _store(
     tma.async_copy_shared_to_global(desc_y, [i_row, i_n], y_s)
 
 
-@gluon.jit(do_not_specialize=("J", "LANES"))
-def pointwise_hopper_kernel(
-    desc_x,  # [pixels, C]
-    desc_r,  # [pixels, N]: the residual
-    desc_y,  # [pixels, N]: the result
-    affine,  # [2, NP] fp32: scale, shift; a shift alone, [1, NP], where not SCALED
-    counters_next,
-    J,  # pixels
-    LANES,  # programs of the same columns
-    desc_w,  # [C, N]
-    C: gl.constexpr,
-    N: gl.constexpr,
-    NP: gl.constexpr,
-    SCALED: gl.constexpr,
-    RESIDUAL: gl.constexpr,
-    BLOCK_P: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    PIECES: gl.constexpr,
-    ZERO: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    DTYPE: gl.constexpr = desc_w.dtype
-    COLUMNS: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    STEPS: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    SIZE: gl.constexpr = BLOCK_N // PIECES
-    # each piece a place of its own, where its residual waits for a whole tile
-    PLACES: gl.constexpr = PIECES if RESIDUAL else 2
-    S_X: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_K, 16)
-    S_N: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_N, 128), 16)
-    S_Y: gl.constexpr = gl.NVMMASharedLayout(min(2 * SIZE, 128), 16)
+@gluon.jit
+def _lane(
+    desc_x, desc_r, desc_y, affine, counters_next, i_first, i_row, i_n, i_jump, J, w_b, x_b, y_b, w_bars, bars, y_bars,
+    C: gl.constexpr, NP: gl.constexpr, SCALED: gl.constexpr, RESIDUAL: gl.constexpr, PIECES: gl.constexpr,
+    ZERO: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Every tile that begins at `i_row` or `i_jump` pixels after another one, times the weights of a program."""
+    STEPS: gl.constexpr = w_b.shape[0]
+    BLOCK_K: gl.constexpr = w_b.shape[1]
+    BLOCK_N: gl.constexpr = w_b.shape[2]
+    STAGES: gl.constexpr = x_b.shape[0]
+    BLOCK_P: gl.constexpr = x_b.shape[1]
+    PLACES: gl.constexpr = y_b.shape[0]
+    SIZE: gl.constexpr = y_b.shape[2]
     L_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    gl.static_assert(PIECES < STEPS)
-    w_b = gl.allocate_shared_memory(DTYPE, [STEPS, BLOCK_K, BLOCK_N], S_N)
-    x_b = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_P, BLOCK_K], S_X)
-    y_b = gl.allocate_shared_memory(DTYPE, [PLACES, BLOCK_P, SIZE], S_Y)
-    w_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    y_bars = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    i_t = gl.program_id(0)
-    i_n = i_t % COLUMNS * BLOCK_N
-    i_row = i_t // COLUMNS * BLOCK_P
-    i_jump = LANES * BLOCK_P
-    mbarrier.init(w_bar, count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(bars.index(s), count=1)
-    for s in gl.static_range(PLACES):
-        mbarrier.init(y_bars.index(s), count=1)
-    mbarrier.expect(w_bar, STEPS * BLOCK_K * BLOCK_N * 2)
-    barrier()
-    for k in gl.static_range(STEPS):
-        tma.async_copy_global_to_shared(desc_w, [k * BLOCK_K, i_n], w_bar, w_b.index(k))
-    begin(counters_next, i_t, ZERO, WARPS)
+    begin(counters_next, i_first, ZERO, WARPS)
     for k in gl.static_range(STAGES - 1):
         i_r = i_row + i_jump * (k // STEPS)
         _expect(x_b.index(k), bars.index(k), i_r < J)
@@ -147,17 +110,18 @@ def pointwise_hopper_kernel(
     if RESIDUAL:
         for i in gl.static_range(PIECES):
             tma.async_copy_global_to_shared(desc_r, [i_before, i_n + i * SIZE], y_bars.index(i), y_b.index(i))
-    mbarrier.wait(w_bar, 0)
     b_before = gl.zeros([BLOCK_P, BLOCK_N], gl.float32, L_ACC)
     b_start = _start(affine + i_n, BLOCK_P, BLOCK_N, SCALED, WARPS)
     i_g = 0
     phase = 0
+    first = True
     while i_row < J:
         b_acc = hopper.warpgroup_mma_init(b_start)
         b_pieces = _pieces(b_before, PIECES)
         for k in gl.static_range(STEPS):
             i_s = (i_g + k) % STAGES
             b_affine = _affine(affine + i_n + k * SIZE, NP, SIZE, SCALED and k < PIECES, WARPS)
+            mbarrier.wait(w_bars.index(k), 0, pred=first)
             mbarrier.wait(bars.index(i_s), (i_g + k) // STAGES & 1)
             b_acc = hopper.warpgroup_mma(
                 x_b.index(i_s), w_b.index(k), b_acc, use_acc=k > 0 or not SCALED, is_async=True
@@ -194,6 +158,7 @@ def pointwise_hopper_kernel(
         i_row += i_jump
         i_g += STEPS
         phase ^= 1
+        first = False
     b_pieces = _pieces(b_before, PIECES)
     for i in gl.static_range(PIECES):
         if not RESIDUAL:
@@ -205,3 +170,80 @@ def pointwise_hopper_kernel(
             i_n + i * SIZE, SCALED, RESIDUAL, WARPS,
         )  # fmt: skip
     tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=("J", "LANES"))
+def pointwise_hopper_kernel(
+    desc_x,  # [pixels, C]
+    desc_r,  # [pixels, N]: the residual
+    desc_y,  # [pixels, N]: the result
+    affine,  # [2, NP] fp32: scale, shift; a shift alone, [1, NP], where not SCALED
+    counters_next,
+    J,  # pixels
+    LANES,  # programs of the same columns, two tiles at once each
+    desc_w,  # [C, N]
+    C: gl.constexpr,
+    N: gl.constexpr,
+    NP: gl.constexpr,
+    SCALED: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    PIECES: gl.constexpr,
+    ZERO: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = desc_w.dtype
+    COLUMNS: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    SIZE: gl.constexpr = BLOCK_N // PIECES
+    # each piece a place of its own, where its residual waits for a whole tile
+    PLACES: gl.constexpr = PIECES if RESIDUAL else 2
+    S_X: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_K, 16)
+    S_N: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_N, 128), 16)
+    S_Y: gl.constexpr = gl.NVMMASharedLayout(min(2 * SIZE, 128), 16)
+    gl.static_assert(PIECES < STEPS)
+    w_b = gl.allocate_shared_memory(DTYPE, [STEPS, BLOCK_K, BLOCK_N], S_N)
+    x_b0 = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_P, BLOCK_K], S_X)
+    x_b1 = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_P, BLOCK_K], S_X)
+    y_b0 = gl.allocate_shared_memory(DTYPE, [PLACES, BLOCK_P, SIZE], S_Y)
+    y_b1 = gl.allocate_shared_memory(DTYPE, [PLACES, BLOCK_P, SIZE], S_Y)
+    w_bars = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
+    bars0 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bars1 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    y_bars0 = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    y_bars1 = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    i_t = gl.program_id(0)
+    i_n = i_t % COLUMNS * BLOCK_N
+    i_row = i_t // COLUMNS * (2 * BLOCK_P)
+    i_jump = LANES * (2 * BLOCK_P)
+    for k in gl.static_range(STEPS):
+        mbarrier.init(w_bars.index(k), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(bars0.index(s), count=1)
+        mbarrier.init(bars1.index(s), count=1)
+    for s in gl.static_range(PLACES):
+        mbarrier.init(y_bars0.index(s), count=1)
+        mbarrier.init(y_bars1.index(s), count=1)
+    for k in gl.static_range(STEPS):
+        mbarrier.expect(w_bars.index(k), BLOCK_K * BLOCK_N * 2)
+    barrier()
+    for k in gl.static_range(STEPS):
+        tma.async_copy_global_to_shared(desc_w, [k * BLOCK_K, i_n], w_bars.index(k), w_b.index(k))
+    i_row1, i_t1 = i_row + BLOCK_P, i_t + 1
+    gl.warp_specialize(
+        [
+            (_lane, (
+                desc_x, desc_r, desc_y, affine, counters_next, i_t, i_row, i_n, i_jump, J, w_b, x_b0, y_b0, w_bars,
+                bars0, y_bars0, C, NP, SCALED, RESIDUAL, PIECES, ZERO, WARPS,
+            )),
+            (_lane, (
+                desc_x, desc_r, desc_y, affine, counters_next, i_t1, i_row1, i_n, i_jump, J, w_b, x_b1, y_b1, w_bars,
+                bars1, y_bars1, C, NP, SCALED, RESIDUAL, PIECES, ZERO, WARPS,
+            )),
+        ],
+        [WARPS],
+        [240],
+    )  # fmt: skip
