@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import gluon_emulator
 import pytest
 import torch
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+import gluon_emulator
 from mnv4_ops.triton_kernels import MobileMQA, hopper, mqa_config
 from triton_cases import judge
 from triton_mqa_cases import MQACase
