@@ -33,11 +33,15 @@ def unwrapped(value: Any) -> Any:
     return value.t if isinstance(value, Value) else value
 
 
+def tensor(value: Any) -> torch.Tensor:
+    return torch.as_tensor(unwrapped(value))
+
+
 def _binary(name: str) -> Any:
     def run(self: Any, other: Any) -> Any:
         if isinstance(other, Pointer):
             return getattr(other, name)(self)
-        return Value(getattr(torch.as_tensor(unwrapped(self)), name)(unwrapped(other)))
+        return Value(getattr(tensor(self), name)(unwrapped(other)))
 
     return run
 
@@ -115,7 +119,7 @@ class Pointer:
     __radd__ = __add__
 
     def places(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.as_tensor(unwrapped(self.offset))
+        index = tensor(self.offset)
         mask = torch.as_tensor(True if mask is None else unwrapped(mask))
         index, mask = torch.broadcast_tensors(index, mask)
         used = index[mask]
@@ -212,12 +216,11 @@ class Barrier:
         for copy in late:
             copy()
         with _meeting:
-            came = _meeting.wait_for(lambda: self.phase & 1 != parity, SECONDS if _groups.many else 0)
+            came = _meeting.wait_for(lambda: self.phase & 1 != parity, _group.patience)
             assert came, "a wait for what never comes"
 
 
 _meeting = threading.Condition(threading.RLock())
-_groups = SimpleNamespace(many=False)
 
 
 class _Group(threading.local):
@@ -228,6 +231,8 @@ class _Group(threading.local):
         self.copies: list[list[Any]] = [[]]
         self.stores: list[Any] = []
         self.program = (0, 0, 0)
+        # seconds for which others may yet arrive
+        self.patience = 0.0
 
 
 _group = _Group()
@@ -244,7 +249,7 @@ def _load(p: Pointer, mask: Any = None, other: Any = None) -> Value:
 
 def _store(p: Pointer, value: Any, mask: Any = None) -> None:
     index, inside = p.places(mask)
-    value = torch.as_tensor(unwrapped(value)).expand(index.shape)
+    value = tensor(value).expand(index.shape)
     assert value.dtype == p.memory.dtype
     p.memory[index[inside]] = value[inside]
 
@@ -269,11 +274,11 @@ def _assembly(words: str, constraints: str, args: Any, dtype: Any, is_pure: bool
 
 
 def _halves(x: Value) -> tuple[Value, Value]:
-    return Value(x.t[..., 0]), Value(x.t[..., 1])
+    return x[..., 0], x[..., 1]
 
 
 def _two(run: Any) -> Any:
-    return lambda a, b: Value(run(*torch.broadcast_tensors(*(torch.as_tensor(unwrapped(x)) for x in (a, b)))))
+    return lambda a, b: Value(run(*torch.broadcast_tensors(*(tensor(x) for x in (a, b)))))
 
 
 def _specialize(functions: Any, warps: Any, registers: Any = None) -> None:
@@ -281,20 +286,18 @@ def _specialize(functions: Any, warps: Any, registers: Any = None) -> None:
     program = _group.program
 
     def run(function: Any, args: Any) -> None:
-        _group.program = program
+        _group.program, _group.patience = program, SECONDS
         try:
             function(*args)
             _finish()
         except BaseException as error:
             failures.append(error)
 
-    _groups.many = True
     threads = [threading.Thread(target=run, args=pair) for pair in functions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    _groups.many = False
     if failures:
         raise failures[0]
 
@@ -308,9 +311,9 @@ language = SimpleNamespace(
     arange=lambda start, end, layout=None: Value(torch.arange(start, end)),
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype)),
     load=_load, store=_store,
-    where=lambda c, a, b: Value(torch.where(*(torch.as_tensor(unwrapped(x)) for x in (c, a, b)))),
+    where=lambda c, a, b: Value(torch.where(*(tensor(x) for x in (c, a, b)))),
     exp2=lambda x: Value(unwrapped(x).exp2()),
-    fma=lambda a, b, c: Value((torch.as_tensor(unwrapped(a)).double() * unwrapped(b) + unwrapped(c)).float()),
+    fma=lambda a, b, c: Value((tensor(a).double() * unwrapped(b) + unwrapped(c)).float()),
     maximum=_two(torch.maximum), minimum=_two(torch.minimum),
     max=lambda x, axis: Value(unwrapped(x).amax(axis)), sum=lambda x, axis: Value(unwrapped(x).sum(axis)),
     permute=lambda x, order: Value(unwrapped(x).permute(order)),
@@ -367,8 +370,7 @@ def _stored(left: int) -> None:
 
 
 def _multiply(a: Any, b: Shared, acc: Any, use_acc: Any = True, is_async: bool = False) -> Product:
-    if not isinstance(a, Shared):
-        unwrapped(a)
+    unwrapped(a)
     found = Product(a, b, acc, bool(use_acc))
     _group.products.append(found)
     assert is_async
@@ -430,7 +432,8 @@ def load(name: str) -> ModuleType:
         vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
         path = _FOLDER / f"{name}.py"
         source, edit = path.read_text(), EDITS.get(name, ("", ""))
-        assert edit[0] in source
+        if edit[0] not in source:
+            raise ValueError(f"EDITS: expected words of {path.name}, got {edit[0]!r}")
         exec(compile(source.replace(*edit, 1), str(path), "exec"), vars(module))
         _modules[name] = module
     return _modules[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,20 +9,14 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
 import gluon_emulator
 from mnv4_ops.triton_kernels import MobileMQA, hopper, mqa_config
+from test_triton_hopper import SMALL, WIDE, spec
 from triton_cases import judge
 from triton_mqa_cases import MQACase
 
 from mnv4_ops.spec import MQASpec
 
-
-def spec(**more: Any) -> MQASpec:
-    return MQASpec(**{"c": 160, "heads": 4, "key_dim": 64, "value_dim": 64, "layer_scale": True, **more})
-
-
 DOWN = spec(kv_stride=2)
-SMALL = spec(c=256)
 SHORT = spec(c=192, heads=3, key_dim=48, value_dim=40, kv_stride=2)
-WIDE = spec(c=512, heads=8)
 
 
 def result(case: MQACase, x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +90,7 @@ BEHIND = ("copy_out(wo_s0, wo_s1, desc_o0, desc_o1, i_h, o_bar, TWO)\n    b_s0, 
     ("s", "late", "module", "edit"),
     [
         (DOWN, True, "mqa_hopper", ("        mbarrier.wait(q_bar, i_h & 1)\n", "")),
-        (DOWN, True, "mqa_hopper", ("    mbarrier.wait(o_bar, (HEADS - 1", "    (o_bar, (HEADS - 1")),
+        (DOWN, True, "mqa_hopper", ("    mbarrier.wait(o_bar, phase & 1)\n", "")),
         (DOWN, False, "mqa_hopper", ("wait((1 + SHORT) * (1 + TWO), deps", "wait((1 + SHORT) * (1 + TWO) + 1, deps")),
         (
             SMALL,

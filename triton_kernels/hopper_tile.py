@@ -70,14 +70,12 @@ def copy_pieces(tile0, tile1, desc0, desc1, i_h, bar, TWO: gl.constexpr, DIM: gl
 
     A barrier of the threads must come between the last use of the tiles and this.
     """
-    FIRST: gl.constexpr = tile0.shape[DIM]
+    SIZE1: gl.constexpr = tile1.shape[0] * tile1.shape[1] * TWO
+    mbarrier.expect(bar, (tile0.shape[0] * tile0.shape[1] + SIZE1) * 2)
+    tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar, tile0)
     if TWO:
-        mbarrier.expect(bar, (tile0.shape[0] * tile0.shape[1] + tile1.shape[0] * tile1.shape[1]) * 2)
-        tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar, tile0)
+        FIRST: gl.constexpr = tile0.shape[DIM]
         tma.async_copy_global_to_shared(desc1, [i_h, FIRST * (1 - DIM), FIRST * DIM], bar, tile1)
-    else:
-        mbarrier.expect(bar, tile0.shape[0] * tile0.shape[1] * 2)
-        tma.async_copy_global_to_shared(desc0, [i_h, 0, 0], bar, tile0)
 
 
 @gluon.jit

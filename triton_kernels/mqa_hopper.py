@@ -41,8 +41,13 @@ from .hopper_tile import (
 
 
 @gluon.jit
-def _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO: gl.constexpr, SHORT: gl.constexpr, WARPS: gl.constexpr):
+def _output(
+    b_r, b_l, wo_s0, wo_s1, o_bar, phase, b_acc0, b_acc1,
+    TWO: gl.constexpr, SHORT: gl.constexpr, ONES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
     """Starts a head's part of the output projection; sums and the operands to wait with."""
+    b_o = normalised(b_r, b_l, ONES).to(wo_s0.dtype)
+    mbarrier.wait(o_bar, phase & 1)
     N0: gl.constexpr = wo_s0.shape[1]
     L_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N0, 16])
     b_acc0, b_o0, b_o1 = multiply(b_o, wo_s0, b_acc0, L_0, SHORT, False)
@@ -241,15 +246,14 @@ def mqa_hopper_kernel(
             wk_s1 = gl.allocate_shared_memory(DTYPE, [BLOCK_C1, DKP], S_K)
         k_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(k_bar, count=1)
-        barrier()
         wv_s0 = wo_s0._reinterpret(DTYPE, [BLOCK_C0, DVP], S_V)
         wv_s1 = wv_s0
         if TWO:
             wv_s1 = wo_s1._reinterpret(DTYPE, [BLOCK_C1, DVP], S_V)
+    barrier()
+    if INLINE:
         copy_head(wk_s0, wk_s1, desc_q0, desc_q1, HEADS, k_bar, TWO)
         copy_head(wv_s0, wv_s1, desc_q0, desc_q1, HEADS + 1, o_bar, TWO)
-    else:
-        barrier()
     copy_head(wq_s0, wq_s1, desc_q0, desc_q1, 0, q_bar, TWO)
     if not INLINE:
         # the kernel before made keys and values alone; pixels are from before it, and it has waited for them
@@ -302,9 +306,9 @@ def mqa_hopper_kernel(
         x_s1, wq_s1, wo_s1, k_s1, v_s1 = x_b1.index(z), wq_b1.index(z), wo_b1.index(z), k_b1.index(z), v_b1.index(z)
         mbarrier.wait(q_bar, i_h & 1)
         b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
-        b_o = normalised(b_r, b_l, ONES).to(DTYPE)
-        mbarrier.wait(o_bar, (i_h - 1 + INLINE) & 1)
-        b_acc0, b_acc1, operands = _output(b_o, wo_s0, wo_s1, b_acc0, b_acc1, TWO, SHORT, WARPS)
+        b_acc0, b_acc1, operands = _output(
+            b_r, b_l, wo_s0, wo_s1, o_bar, i_h - 1 + INLINE, b_acc0, b_acc1, TWO, SHORT, ONES, WARPS
+        )  # fmt: skip
         b_q = hopper.warpgroup_mma_wait((1 + SHORT) * (1 + TWO), deps=[b_q])
         b_r, b_l, b_acc0, b_acc1 = _attend(
             b_q.to(DTYPE), b_acc0, b_acc1, operands, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
@@ -320,9 +324,9 @@ def mqa_hopper_kernel(
         a_s1 = _affine_place(v_b0.index(0), BLOCK_C1)
         copy_affine(a_s1, affine_out + BLOCK_C0, NP_OUT, WARPS)
     async_copy.commit_group()
-    b_o = normalised(b_r, b_l, ONES).to(DTYPE)
-    mbarrier.wait(o_bar, (HEADS - 1 + INLINE) & 1)
-    b_acc0, b_acc1, operands = _output(b_o, wo_b0.index(0), wo_b1.index(0), b_acc0, b_acc1, TWO, SHORT, WARPS)
+    b_acc0, b_acc1, operands = _output(
+        b_r, b_l, wo_b0.index(0), wo_b1.index(0), o_bar, HEADS - 1 + INLINE, b_acc0, b_acc1, TWO, SHORT, ONES, WARPS
+    )  # fmt: skip
     async_copy.wait_group(0)
     barrier()
     found = hopper.warpgroup_mma_wait(0, deps=(b_acc0, b_acc1) + operands)

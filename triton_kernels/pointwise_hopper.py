@@ -80,7 +80,7 @@ def _store(
 @gluon.jit
 def _lane(
     desc_x, desc_r, desc_y, affine, counters_next, i_first, i_row, i_n, i_jump, J, w_b, x_b, y_b, w_bars, bars, y_bars,
-    C: gl.constexpr, NP: gl.constexpr, SCALED: gl.constexpr, RESIDUAL: gl.constexpr, PIECES: gl.constexpr,
+    NP: gl.constexpr, SCALED: gl.constexpr, RESIDUAL: gl.constexpr, PIECES: gl.constexpr,
     ZERO: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Every tile that begins at `i_row` or `i_jump` pixels after another one, times the weights of a program."""
@@ -114,14 +114,13 @@ def _lane(
     b_start = _start(affine + i_n, BLOCK_P, BLOCK_N, SCALED, WARPS)
     i_g = 0
     phase = 0
-    first = True
     while i_row < J:
         b_acc = hopper.warpgroup_mma_init(b_start)
         b_pieces = _pieces(b_before, PIECES)
         for k in gl.static_range(STEPS):
             i_s = (i_g + k) % STAGES
             b_affine = _affine(affine + i_n + k * SIZE, NP, SIZE, SCALED and k < PIECES, WARPS)
-            mbarrier.wait(w_bars.index(k), 0, pred=first)
+            mbarrier.wait(w_bars.index(k), 0, pred=i_g == 0)
             mbarrier.wait(bars.index(i_s), (i_g + k) // STAGES & 1)
             b_acc = hopper.warpgroup_mma(
                 x_b.index(i_s), w_b.index(k), b_acc, use_acc=k > 0 or not SCALED, is_async=True
@@ -158,7 +157,6 @@ def _lane(
         i_row += i_jump
         i_g += STEPS
         phase ^= 1
-        first = False
     b_pieces = _pieces(b_before, PIECES)
     for i in gl.static_range(PIECES):
         if not RESIDUAL:
@@ -237,11 +235,11 @@ def pointwise_hopper_kernel(
         [
             (_lane, (
                 desc_x, desc_r, desc_y, affine, counters_next, i_t, i_row, i_n, i_jump, J, w_b, x_b0, y_b0, w_bars,
-                bars0, y_bars0, C, NP, SCALED, RESIDUAL, PIECES, ZERO, WARPS,
+                bars0, y_bars0, NP, SCALED, RESIDUAL, PIECES, ZERO, WARPS,
             )),
             (_lane, (
                 desc_x, desc_r, desc_y, affine, counters_next, i_t1, i_row1, i_n, i_jump, J, w_b, x_b1, y_b1, w_bars,
-                bars1, y_bars1, C, NP, SCALED, RESIDUAL, PIECES, ZERO, WARPS,
+                bars1, y_bars1, NP, SCALED, RESIDUAL, PIECES, ZERO, WARPS,
             )),
         ],
         [WARPS],
