@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,11 +21,12 @@ DOWN = spec(kv_stride=2)
 SHORT = spec(c=192, heads=3, key_dim=48, value_dim=40, kv_stride=2)
 
 
-def result(case: MQACase, x: torch.Tensor) -> torch.Tensor:
-    """Of images [n, h, w, c], laid out as these."""
+def result(case: MQACase, x: torch.Tensor, more: Any = None) -> torch.Tensor:
+    """Of images [n, h, w, c], laid out as these; `more`: other entries of the choice by path."""
     block = case.build()
     choice = mqa_config.on_hopper(block, *x.shape[:3])
     assert choice is not None
+    choice["ops"] = [{**cfg, **(more or {}).get(cfg["path"], {})} for cfg in choice["ops"]]
     plan = block.plan(*x.shape[:3], choice)
     out = torch.full_like(x, float("nan"))
     # bytes of 255 are NaN
@@ -33,10 +36,10 @@ def result(case: MQACase, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def fraction(case: MQACase, n: int, h: int, w: int) -> float:
+def fraction(case: MQACase, n: int, h: int, w: int, more: Any = None) -> float:
     """Of the allowed error."""
     x = torch.randn(n, h, w, case.spec.c).to(case.dtype)
-    got, image = result(case, x).permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    got, image = result(case, x, more).permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     return max(judge(got, case.reference(image, case.dtype), case.reference(image, torch.float64)))
 
 
@@ -68,6 +71,20 @@ def _late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_block(s: MQASpec, n: int, h: int, w: int, dtype: torch.dtype) -> None:
     assert fraction(MQACase(s, dtype, "cpu"), n, h, w) <= 1
+
+
+@pytest.mark.usefixtures("_late")
+@pytest.mark.parametrize(
+    ("s", "n", "h", "w", "more"),
+    [
+        (SMALL, 3, 7, 8, {"mqa_hopper": {"halves": 0}}),
+        (spec(c=128, heads=6, residual=False), 2, 1, 3, {"mqa_hopper": {"halves": 1}}),
+        (WIDE, 2, 12, 12, {"attention_hopper": {"turns": 4}}),
+    ],
+    ids=str,
+)
+def test_other_choices(s: MQASpec, n: int, h: int, w: int, more: Any) -> None:
+    assert fraction(MQACase(s, torch.float16, "cpu"), n, h, w, more) <= 1
 
 
 @pytest.mark.usefixtures("_late")

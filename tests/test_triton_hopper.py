@@ -39,7 +39,7 @@ def test_machine_programs_for_hopper() -> None:
     kernels = {line["kernel"] for line in lines}
     assert kernels == {
         "mqa_hopper_kernel", "mqa_keys_hopper_kernel", "mqa_depthwise_hopper_kernel", "mqa_project_kernel",
-        "pointwise_hopper_kernel", "attention_hopper_kernel",
+        "pointwise_hopper_kernel", "attention_hopper_kernel", "mqa_small_hopper_kernel",
     }  # fmt: skip
     for line in lines:
         assert not line["wrong"], line
@@ -58,6 +58,24 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
 def paths(s: MQASpec, n: int, h: int, w: int, dtype: torch.dtype = torch.float16) -> list[str] | None:
     found = mqa_config.on_hopper(MQACase(s, dtype, "cpu").build(), n, h, w)
     return found and [cfg["path"] for cfg in found["ops"]]
+
+
+def test_versions_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(hopper, "_assembler", lambda: "")
+    asked = hopper.available.__wrapped__
+    for version, wanted in (("3.6.0", True), ("3.8.1+git1", True), ("3.60.0", False), ("4.0.0", False)):
+        monkeypatch.setattr(hopper.triton, "__version__", version)
+        assert asked() is wanted, version
+    monkeypatch.setenv("MNV4_OPS_GLUON", "1")
+    assert asked()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0))[i])
+    assert not asked()
+    monkeypatch.undo()
+    monkeypatch.setenv("MNV4_OPS_GLUON", "0")
+    assert not asked()
 
 
 @pytest.mark.usefixtures("present")

@@ -125,6 +125,9 @@ def choices() -> dict[str, tuple[MQASpec, tuple[int, int, int], dict[str, Any] |
         "one kernel": (flat, (2, 5, 6), ops({**whole, "inline": 1})),
         "three kernels": (down, (2, 9, 7), ops({**project, "q": 1}, alone, last)),
         "three kernels, online": (flat, (1, 9, 9), ops({**project, "q": 1}, alone, {**last, "split": 1})),
+        "three kernels, heads of one width": (
+            spec(heads=2, key_dim=40, value_dim=56), (2, 5, 6), ops({**project, "q": 1}, alone, last),
+        ),
         "three kernels, two pieces": (
             flat, (1, 9, 9), ops({**project, "q": 1, "k": 16}, {**alone, "keys0": 64, "keys1": 32}, last),
         ),

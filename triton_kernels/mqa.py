@@ -168,34 +168,49 @@ def _project_kv(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Keys and values of BLOCK_P pixels."""
+    """Keys and values of BLOCK_P pixels; of the pixels themselves by one product where both are as wide in memory."""
     DTYPE: tl.constexpr = w.dtype.element_ty
+    KV: tl.constexpr = DKP + DVP
+    AT_ONCE: tl.constexpr = KERNEL == 0 and DKP == DVP
     o_c = tl.arange(0, BLOCK_K)
     o_p = i_t.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < PK
     p_w = w + o_c[:, None] * NP + FIRST
-    b_k = tl.zeros([BLOCK_P, DKP], dtype=tl.float32)
-    b_v = tl.zeros([BLOCK_P, DVP], dtype=tl.float32)
-    for i_k in tl.range(0, C, BLOCK_K, num_stages=1 if KERNEL > 0 else STAGES):
-        b_wk = tl.load(p_w + i_k * NP + tl.arange(0, DKP)[None, :])  # [BLOCK_K, DKP]
-        b_wv = tl.load(p_w + i_k * NP + DKP + tl.arange(0, DVP)[None, :])
-        if KERNEL > 0:
-            o_in = (o_p % (HK * WK)).to(tl.int32)
-            b_yk, b_yv = _depthwise_tiles(
-                x, norms, taps, o_p // (HK * WK), o_in // WK * STRIDE - PAD_Y, o_in % WK * STRIDE - PAD_X,
-                m_p, i_k + o_c, H, W, C, CP, KERNEL, BLOCK_K, DTYPE,
-            )  # fmt: skip
-        else:
-            b_yk = _pixel_tile(x, norms, o_p, m_p, i_k + o_c, 0, C, CP, BLOCK_K, DTYPE)
-            b_yv = b_yk
-        b_yk, b_yv = rounded(b_yk, PRECISION), rounded(b_yv, PRECISION)
-        b_k = tl.dot(b_yk, b_wk, b_k, input_precision=PRECISION)
-        b_v = tl.dot(b_yv, b_wv, b_v, input_precision=PRECISION)
-    b_k = _head(b_k, affine, FIRST, NP, DK, DKP, AFFINE)
-    b_v = _head(b_v, affine, FIRST + DKP, NP, DV, DVP, AFFINE)
-    p_kv = kv + o_p[:, None] * (DKP + DVP)
-    tl.store(p_kv + tl.arange(0, DKP)[None, :], b_k.to(DTYPE), mask=m_p[:, None])
-    tl.store(p_kv + DKP + tl.arange(0, DVP)[None, :], b_v.to(DTYPE), mask=m_p[:, None])
+    p_kv = kv + o_p[:, None] * KV
+    if AT_ONCE:
+        o_n = tl.arange(0, KV)
+        b_kv = tl.zeros([BLOCK_P, KV], dtype=tl.float32)
+        for i_k in tl.range(0, C, BLOCK_K, num_stages=STAGES):
+            b_w = tl.load(p_w + i_k * NP + o_n[None, :])  # [BLOCK_K, KV]
+            b_y = rounded(_pixel_tile(x, norms, o_p, m_p, i_k + o_c, 0, C, CP, BLOCK_K, DTYPE), PRECISION)
+            b_kv = tl.dot(b_y, b_w, b_kv, input_precision=PRECISION)
+        b_kv = _shifted(b_kv, affine, FIRST + o_n, NP, AFFINE)
+        if DK < DKP or DV < DVP:
+            # as in `_head`
+            b_kv = tl.where((tl.where(o_n < DKP, o_n + DV - DK, o_n - DKP) < DV)[None, :], b_kv, 0.0)
+        tl.store(p_kv + o_n[None, :], b_kv.to(DTYPE), mask=m_p[:, None])
+    else:
+        b_k = tl.zeros([BLOCK_P, DKP], dtype=tl.float32)
+        b_v = tl.zeros([BLOCK_P, DVP], dtype=tl.float32)
+        for i_k in tl.range(0, C, BLOCK_K, num_stages=1 if KERNEL > 0 else STAGES):
+            b_wk = tl.load(p_w + i_k * NP + tl.arange(0, DKP)[None, :])  # [BLOCK_K, DKP]
+            b_wv = tl.load(p_w + i_k * NP + DKP + tl.arange(0, DVP)[None, :])
+            if KERNEL > 0:
+                o_in = (o_p % (HK * WK)).to(tl.int32)
+                b_yk, b_yv = _depthwise_tiles(
+                    x, norms, taps, o_p // (HK * WK), o_in // WK * STRIDE - PAD_Y, o_in % WK * STRIDE - PAD_X,
+                    m_p, i_k + o_c, H, W, C, CP, KERNEL, BLOCK_K, DTYPE,
+                )  # fmt: skip
+            else:
+                b_yk = _pixel_tile(x, norms, o_p, m_p, i_k + o_c, 0, C, CP, BLOCK_K, DTYPE)
+                b_yv = b_yk
+            b_yk, b_yv = rounded(b_yk, PRECISION), rounded(b_yv, PRECISION)
+            b_k = tl.dot(b_yk, b_wk, b_k, input_precision=PRECISION)
+            b_v = tl.dot(b_yv, b_wv, b_v, input_precision=PRECISION)
+        b_k = _head(b_k, affine, FIRST, NP, DK, DKP, AFFINE)
+        b_v = _head(b_v, affine, FIRST + DKP, NP, DV, DVP, AFFINE)
+        tl.store(p_kv + tl.arange(0, DKP)[None, :], b_k.to(DTYPE), mask=m_p[:, None])
+        tl.store(p_kv + DKP + tl.arange(0, DVP)[None, :], b_v.to(DTYPE), mask=m_p[:, None])
 
 
 @triton.jit

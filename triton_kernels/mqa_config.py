@@ -12,9 +12,10 @@ A choice is {"fused": True, "chunk": 0, "ops": [Config, ...]} with one of these 
 "mqa" holds all keys of an image at once. Its loop over the heads must be pipelined: without (one stage, or a loop over
 blocks of keys inside) triton 3.6 made code for Hopper that read outside of shared memory.
 
-`p` pixels (of "attention": rows), `k` input channels of a step, `n` columns of a tile of queries, of `pq` pixels;
-`keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output channels, `c0` + `c1` channels of both sides; `j`
-columns that a thread walks, `turns` tiles of a program, `pieces` of columns of an epilogue.
+`p` pixels (of "attention": rows; of a 1x1 on Hopper: for each of two groups of warps), `k` input channels of a step,
+`n` columns of a tile of queries, of `pq` pixels; `keys0` + `keys1` keys at once, see attention.py; `n0` + `n1` output
+channels, `c0` + `c1` channels of both sides; `j` columns that a thread walks, `turns` tiles of a program, `pieces` of
+columns of an epilogue, `halves` of the heads for two groups of warps.
 """
 
 from __future__ import annotations
@@ -106,15 +107,25 @@ def straight(runner: MobileMQA) -> bool:
     return not runner.down and runner.c % 8 == 0 and all(256 < width <= 512 for width in widths)
 
 
-def _in_three(tiles: int, keys0: int, keys1: int, sms: int) -> Config:
+def _stages(channels: int) -> int:
+    """Steps of 64 channels on chip; a tile has a multiple of them, as few as may be beyond the last channel."""
+    steps = (channels + 63) // 64
+    return min((4, 3, 5), key=lambda count: -steps % count)
+
+
+def _in_three(runner: MobileMQA, tiles: int, keys0: int, keys1: int) -> Config:
     """Projections, attention to so many tiles of 64 rows, output projection."""
     # three programs share a multiprocessor, four where there are enough of them for all
+    sms = runner._sms()
     turns = min(max(round(tiles / (3 * sms)), 1), 3)
     attend = {"path": "attention_hopper", "p": 64, "turns": turns, "keys0": keys0, "keys1": keys1}
     attend |= {"regs": 168 if tiles < 4 * sms * turns else 0, "warps": 4, "stages": 1}
     first, last = (
         {"path": path, "p": 64, "n": 128, "k": 64, "pieces": 4, "warps": 4, "stages": stages}
-        for path, stages in (("mqa_project_hopper", 5), ("pointwise_hopper", 4))
+        for path, stages in (
+            ("mqa_project_hopper", _stages(runner.c)),
+            ("pointwise_hopper", _stages(runner.heads * runner.dv)),
+        )
     )
     return _list(first, attend, last)
 
@@ -135,7 +146,7 @@ def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
     ):
         return None
     if straight(runner):
-        return _in_three(n * -(-nq * runner.heads // 64), *at_once, runner._sms()) if runner.steady else None
+        return _in_three(runner, n * -(-nq * runner.heads // 64), *at_once) if runner.steady else None
     if c0 + c1 != runner.c or runner.c > 256 or runner.down not in (0, 3):
         return None
     inline = not runner.down and nq <= 64
@@ -145,7 +156,8 @@ def on_hopper(runner: MobileMQA, n: int, h: int, w: int) -> Config | None:
         "stages": 1,
     }  # fmt: skip
     if inline:
-        return _list(last)
+        # a program has a multiprocessor for itself, where two groups of warps have room
+        return _list(last | {"halves": int(runner.heads % 2 == 0 and not c1 and runner.c >= 128)})
     if not runner.down:
         return _list(project(32, step(runner.c), stages=3), last)
     depthwise = {"path": "mqa_depthwise_hopper", "p": 8, "j": 4, "k": 64, "warps": 4, "stages": 3}

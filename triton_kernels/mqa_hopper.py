@@ -41,7 +41,7 @@ from .hopper_tile import (
 
 
 @gluon.jit
-def _output(
+def project_out(
     b_r, b_l, wo_s0, wo_s1, o_bar, phase, b_acc0, b_acc1,
     TWO: gl.constexpr, SHORT: gl.constexpr, ONES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _output(
 
 
 @gluon.jit
-def _attend(
+def attend(
     b_q,  # [BLOCK_P, DKP]
     b_acc0,
     b_acc1,
@@ -85,12 +85,13 @@ def _attend(
     p_x,
     i_p,
     i_h,
+    more,  # whether another head follows
     NQ,
     NK,
     scale,
     C: gl.constexpr,
-    HEADS: gl.constexpr,
     FULL: gl.constexpr,
+    RELOAD: gl.constexpr,  # behind the last head the pixels come once more, as they were
     TWO: gl.constexpr,  # pieces of channels
     TWO_KEYS: gl.constexpr,
     SHORT: gl.constexpr,  # heads of at most 48 channels
@@ -117,9 +118,9 @@ def _attend(
     if not TWO:
         b_acc1 = b_acc0
     barrier()
-    if i_h + 1 < HEADS:
+    if more:
         copy_head(wq_s0, wq_s1, desc_q0, desc_q1, i_h + 1, q_bar, TWO)
-    else:
+    elif RELOAD:
         # the place of the pixels, which are added in the end, is free; their addresses are computed anew, since those
         # of the first time would stay in registers
         N0: gl.constexpr = x_s0.shape[1]
@@ -295,10 +296,10 @@ def mqa_hopper_kernel(
     if TWO:
         L_C1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_C1, 16])
         b_acc1 = gl.zeros([BLOCK_P, BLOCK_C1], gl.float32, L_C1)
-    b_r, b_l, b_acc0, b_acc1 = _attend(
+    b_r, b_l, b_acc0, b_acc1 = attend(
         b_q.to(DTYPE), b_acc0, b_acc1, (), x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
-        q_bar, o_bar, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, 0, NQ, NK, scale,
-        C, HEADS, FULL, TWO, TWO_KEYS, SHORT, ONES, WARPS,
+        q_bar, o_bar, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, 0, HEADS > 1, NQ, NK, scale,
+        C, FULL, True, TWO, TWO_KEYS, SHORT, ONES, WARPS,
     )  # fmt: skip
     for i_h in range(1, HEADS):
         z = opaque_zero()
@@ -306,14 +307,14 @@ def mqa_hopper_kernel(
         x_s1, wq_s1, wo_s1, k_s1, v_s1 = x_b1.index(z), wq_b1.index(z), wo_b1.index(z), k_b1.index(z), v_b1.index(z)
         mbarrier.wait(q_bar, i_h & 1)
         b_q = project(x_s0, x_s1, wq_s0, wq_s1, b_zq, TWO)
-        b_acc0, b_acc1, operands = _output(
+        b_acc0, b_acc1, operands = project_out(
             b_r, b_l, wo_s0, wo_s1, o_bar, i_h - 1 + INLINE, b_acc0, b_acc1, TWO, SHORT, ONES, WARPS
         )  # fmt: skip
         b_q = hopper.warpgroup_mma_wait((1 + SHORT) * (1 + TWO), deps=[b_q])
-        b_r, b_l, b_acc0, b_acc1 = _attend(
+        b_r, b_l, b_acc0, b_acc1 = attend(
             b_q.to(DTYPE), b_acc0, b_acc1, operands, x_s0, x_s1, wq_s0, wq_s1, wo_s0, wo_s1, k_s0, k_s1, v_s0, v_s1,
-            q_bar, o_bar, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, i_h, NQ, NK, scale,
-            C, HEADS, FULL, TWO, TWO_KEYS, SHORT, ONES, WARPS,
+            q_bar, o_bar, desc_q0, desc_q1, desc_o0, desc_o1, p_x, i_p, i_h, i_h + 1 < HEADS, NQ, NK, scale,
+            C, FULL, True, TWO, TWO_KEYS, SHORT, ONES, WARPS,
         )  # fmt: skip
     # scale and shift of the output, in the places of keys and values
     a_s0 = _affine_place(k_b0.index(0), BLOCK_C0)
@@ -324,7 +325,7 @@ def mqa_hopper_kernel(
         a_s1 = _affine_place(v_b0.index(0), BLOCK_C1)
         copy_affine(a_s1, affine_out + BLOCK_C0, NP_OUT, WARPS)
     async_copy.commit_group()
-    b_acc0, b_acc1, operands = _output(
+    b_acc0, b_acc1, operands = project_out(
         b_r, b_l, wo_b0.index(0), wo_b1.index(0), o_bar, HEADS - 1 + INLINE, b_acc0, b_acc1, TWO, SHORT, ONES, WARPS
     )  # fmt: skip
     async_copy.wait_group(0)

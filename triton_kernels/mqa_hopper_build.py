@@ -135,6 +135,8 @@ def keys(runner: MobileMQA, cfg: Config, pixels: int, x: Any, kv: Any) -> Build:
 
 def attend(runner: MobileMQA, cfg: Config, n: int, nq: int, nk: int, x: Any, kv: Any, out: Any) -> Build:
     """All that follows the keys and values of n images; with `inline` these too."""
+    if cfg.get("halves"):
+        return _small(runner, cfg, n, nq, x, out)
     from .mqa_hopper import mqa_hopper_kernel
 
     native, inline = runner.native, int(cfg["inline"])
@@ -154,6 +156,25 @@ def attend(runner: MobileMQA, cfg: Config, n: int, nq: int, nk: int, x: Any, kv:
     return Build(
         mqa_hopper_kernel, (n * tiles, 1, 1),
         lambda p, c, z, s: [x, runner.norms, x if inline else kv, runner.w_out.affine, out, z],
+        scalars, constants, options(cfg), runner.norms, early=True,
+    )  # fmt: skip
+
+
+def _small(runner: MobileMQA, cfg: Config, n: int, nq: int, x: Any, out: Any) -> Build:
+    """All of a block of few pixels, each half of the heads by a group of warps."""
+    from .mqa_small_hopper import mqa_small_hopper_kernel
+
+    native, found = runner.native, _descriptors(runner, cfg)
+    scalars = {
+        "NQ": nq, "scale": native["key_dim"] ** -0.5 * LOG2_E, "desc_q0": found["desc_q0"], "desc_o0": found["desc_o0"],
+    }  # fmt: skip
+    constants = {
+        "C": runner.c, "CP": runner.norms.shape[1], "NP_OUT": runner.w_out.np, "HEADS": runner.heads,
+        "DKP": runner.dk, "DVP": runner.dv, "RESIDUAL": native["residual"], "BLOCK_P": cfg["p"],
+        "SHORT": _short(runner), "FULL": full_pieces(cfg["p"], 0, nq), "ZERO": 0, "WARPS": cfg["warps"],
+    }  # fmt: skip
+    return Build(
+        mqa_small_hopper_kernel, (n, 1, 1), lambda p, c, z, s: [x, runner.norms, runner.w_out.affine, out, z],
         scalars, constants, options(cfg), runner.norms, early=True,
     )  # fmt: skip
 

@@ -127,6 +127,8 @@ def _alike_hopper(cfg: Config) -> list[Config]:
     """Tiles to try in the place of one of Hopper's."""
     if cfg["path"] == "attention_hopper":
         return [cfg, *({**cfg, "turns": turns} for turns in (1, 2, 3))]
+    if cfg.get("halves"):
+        return [cfg, {**cfg, "halves": 0}]
     if cfg["path"] == "mqa_depthwise_hopper":
         tiles = ((8, 64, 2, 2), (8, 64, 4, 3), (8, 64, 12, 3), (16, 32, 4, 3))
         return [cfg, *({**cfg, "p": p, "k": k, "j": j, "stages": stages} for p, k, j, stages in tiles)]

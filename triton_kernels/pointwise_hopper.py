@@ -17,6 +17,27 @@ from .hopper_tile import barrier, begin, halves, mbarrier, publish, tma
 
 
 @gluon.jit
+def _places(DTYPE: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Tiles of their own: between uses of the parts of one tile the compiler puts barriers."""
+    place = gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS], LAYOUT)
+    if COUNT == 1:
+        return (place,)
+    else:
+        return (place,) + _places(DTYPE, COUNT - 1, ROWS, COLUMNS, LAYOUT)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many, each complete when as many have arrived."""
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=ARRIVALS)
+    if COUNT == 1:
+        return (bar,)
+    else:
+        return (bar,) + _barriers(COUNT - 1, ARRIVALS)
+
+
+@gluon.jit
 def _expect(tile, bar, wanted):
     """Before a copy to a tile; a barrier of the threads must come between."""
     mbarrier.expect(bar, tile.shape[0] * tile.shape[1] * 2, pred=wanted)
@@ -84,32 +105,33 @@ def _lane(
     ZERO: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Every tile that begins at `i_row` or `i_jump` pixels after another one, times the weights of a program."""
-    STEPS: gl.constexpr = w_b.shape[0]
-    BLOCK_K: gl.constexpr = w_b.shape[1]
-    BLOCK_N: gl.constexpr = w_b.shape[2]
-    STAGES: gl.constexpr = x_b.shape[0]
-    BLOCK_P: gl.constexpr = x_b.shape[1]
-    PLACES: gl.constexpr = y_b.shape[0]
-    SIZE: gl.constexpr = y_b.shape[2]
+    STEPS: gl.constexpr = len(w_b)
+    BLOCK_K: gl.constexpr = w_b[0].shape[0]
+    BLOCK_N: gl.constexpr = w_b[0].shape[1]
+    STAGES: gl.constexpr = len(x_b)
+    BLOCK_P: gl.constexpr = x_b[0].shape[0]
+    PLACES: gl.constexpr = len(y_b)
+    SIZE: gl.constexpr = y_b[0].shape[1]
+    gl.static_assert(STEPS % STAGES == 0)
     L_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     begin(counters_next, i_first, ZERO, WARPS)
     for k in gl.static_range(STAGES - 1):
         i_r = i_row + i_jump * (k // STEPS)
-        _expect(x_b.index(k), bars.index(k), i_r < J)
+        _expect(x_b[k], bars[k], i_r < J)
     # before the first tile stands one beyond the last pixel, of which nothing is read or written
     i_before = J
     if RESIDUAL:
         for i in gl.static_range(PIECES):
-            _expect(y_b.index(i), y_bars.index(i), True)
+            _expect(y_b[i], y_bars[i], True)
     barrier()
     for k in gl.static_range(STAGES - 1):
         i_r = i_row + i_jump * (k // STEPS)
         tma.async_copy_global_to_shared(
-            desc_x, [i_r, k % STEPS * BLOCK_K], bars.index(k), x_b.index(k), pred=i_r < J
+            desc_x, [i_r, k % STEPS * BLOCK_K], bars[k], x_b[k], pred=i_r < J
         )  # fmt: skip
     if RESIDUAL:
         for i in gl.static_range(PIECES):
-            tma.async_copy_global_to_shared(desc_r, [i_before, i_n + i * SIZE], y_bars.index(i), y_b.index(i))
+            tma.async_copy_global_to_shared(desc_r, [i_before, i_n + i * SIZE], y_bars[i], y_b[i])
     b_before = gl.zeros([BLOCK_P, BLOCK_N], gl.float32, L_ACC)
     b_start = _start(affine + i_n, BLOCK_P, BLOCK_N, SCALED, WARPS)
     i_g = 0
@@ -118,12 +140,11 @@ def _lane(
         b_acc = hopper.warpgroup_mma_init(b_start)
         b_pieces = _pieces(b_before, PIECES)
         for k in gl.static_range(STEPS):
-            i_s = (i_g + k) % STAGES
             b_affine = _affine(affine + i_n + k * SIZE, NP, SIZE, SCALED and k < PIECES, WARPS)
-            mbarrier.wait(w_bars.index(k), 0, pred=i_g == 0)
-            mbarrier.wait(bars.index(i_s), (i_g + k) // STAGES & 1)
+            mbarrier.wait(w_bars[k], 0, pred=i_g == 0)
+            mbarrier.wait(bars[k % STAGES], (i_g + k) // STAGES & 1)
             b_acc = hopper.warpgroup_mma(
-                x_b.index(i_s), w_b.index(k), b_acc, use_acc=k > 0 or not SCALED, is_async=True
+                x_b[k % STAGES], w_b[k], b_acc, use_acc=k > 0 or not SCALED, is_async=True
             )  # fmt: skip
             # over the end of a turn no product may be in flight, or all are serialised
             if k == STEPS - 1:
@@ -133,23 +154,23 @@ def _lane(
                 b_acc = hopper.warpgroup_mma_wait(1, deps=[b_acc])
             if k <= PIECES:
                 tma.store_wait(0)
-            i_f = (i_g + k + STAGES - 1) % STAGES
             i_r = i_row + i_jump * ((k + STAGES - 1) // STEPS)
-            _expect(x_b.index(i_f), bars.index(i_f), i_r < J)
+            x_next, next_bar = x_b[(k + STAGES - 1) % STAGES], bars[(k + STAGES - 1) % STAGES]
+            _expect(x_next, next_bar, i_r < J)
             if RESIDUAL and k > 0 and k <= PIECES:
-                _expect(y_b.index(k - 1), y_bars.index(k - 1), True)
+                _expect(y_b[k - 1], y_bars[k - 1], True)
             barrier()
             tma.async_copy_global_to_shared(
-                desc_x, [i_r, (k + STAGES - 1) % STEPS * BLOCK_K], bars.index(i_f), x_b.index(i_f), pred=i_r < J
+                desc_x, [i_r, (k + STAGES - 1) % STEPS * BLOCK_K], next_bar, x_next, pred=i_r < J
             )  # fmt: skip
             if RESIDUAL and k > 0 and k <= PIECES:
                 # for the tile that is being multiplied, where the result of the one before has left
                 tma.async_copy_global_to_shared(
-                    desc_r, [i_row, i_n + (k - 1) * SIZE], y_bars.index(k - 1), y_b.index(k - 1)
+                    desc_r, [i_row, i_n + (k - 1) * SIZE], y_bars[k - 1], y_b[k - 1]
                 )  # fmt: skip
             if k < PIECES:
                 _store(
-                    b_pieces[k], b_affine, y_b.index(k % PLACES), y_bars.index(k % PLACES), phase, desc_y,
+                    b_pieces[k], b_affine, y_b[k % PLACES], y_bars[k % PLACES], phase, desc_y,
                     i_before, i_n + k * SIZE, SCALED, RESIDUAL, WARPS,
                 )  # fmt: skip
         b_before = b_acc
@@ -164,7 +185,7 @@ def _lane(
             barrier()
         b_affine = _affine(affine + i_n + i * SIZE, NP, SIZE, SCALED, WARPS)
         _store(
-            b_pieces[i], b_affine, y_b.index(i % PLACES), y_bars.index(i % PLACES), phase, desc_y, i_before,
+            b_pieces[i], b_affine, y_b[i % PLACES], y_bars[i % PLACES], phase, desc_y, i_before,
             i_n + i * SIZE, SCALED, RESIDUAL, WARPS,
         )  # fmt: skip
     tma.store_wait(0)
@@ -195,7 +216,8 @@ def pointwise_hopper_kernel(
 ):
     DTYPE: gl.constexpr = desc_w.dtype
     COLUMNS: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    STEPS: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    # of the last ones some may be beyond C: zeros
+    STEPS: gl.constexpr = (C + BLOCK_K * STAGES - 1) // (BLOCK_K * STAGES) * STAGES
     SIZE: gl.constexpr = BLOCK_N // PIECES
     # each piece a place of its own, where its residual waits for a whole tile
     PLACES: gl.constexpr = PIECES if RESIDUAL else 2
@@ -203,34 +225,24 @@ def pointwise_hopper_kernel(
     S_N: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_N, 128), 16)
     S_Y: gl.constexpr = gl.NVMMASharedLayout(min(2 * SIZE, 128), 16)
     gl.static_assert(PIECES < STEPS)
-    w_b = gl.allocate_shared_memory(DTYPE, [STEPS, BLOCK_K, BLOCK_N], S_N)
-    x_b0 = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_P, BLOCK_K], S_X)
-    x_b1 = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_P, BLOCK_K], S_X)
-    y_b0 = gl.allocate_shared_memory(DTYPE, [PLACES, BLOCK_P, SIZE], S_Y)
-    y_b1 = gl.allocate_shared_memory(DTYPE, [PLACES, BLOCK_P, SIZE], S_Y)
-    w_bars = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
-    bars0 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bars1 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    y_bars0 = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    y_bars1 = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    w_b = _places(DTYPE, STEPS, BLOCK_K, BLOCK_N, S_N)
+    x_b0 = _places(DTYPE, STAGES, BLOCK_P, BLOCK_K, S_X)
+    x_b1 = _places(DTYPE, STAGES, BLOCK_P, BLOCK_K, S_X)
+    y_b0 = _places(DTYPE, PLACES, BLOCK_P, SIZE, S_Y)
+    y_b1 = _places(DTYPE, PLACES, BLOCK_P, SIZE, S_Y)
+    w_bars, bars0, bars1 = _barriers(STEPS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
+    y_bars0, y_bars1 = _barriers(PLACES, 1), _barriers(PLACES, 1)
     i_t = gl.program_id(0)
     i_n = i_t % COLUMNS * BLOCK_N
-    i_row = i_t // COLUMNS * (2 * BLOCK_P)
+    i_row = i_t // COLUMNS * BLOCK_P
     i_jump = LANES * (2 * BLOCK_P)
     for k in gl.static_range(STEPS):
-        mbarrier.init(w_bars.index(k), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(bars0.index(s), count=1)
-        mbarrier.init(bars1.index(s), count=1)
-    for s in gl.static_range(PLACES):
-        mbarrier.init(y_bars0.index(s), count=1)
-        mbarrier.init(y_bars1.index(s), count=1)
-    for k in gl.static_range(STEPS):
-        mbarrier.expect(w_bars.index(k), BLOCK_K * BLOCK_N * 2)
+        mbarrier.expect(w_bars[k], BLOCK_K * BLOCK_N * 2)
     barrier()
     for k in gl.static_range(STEPS):
-        tma.async_copy_global_to_shared(desc_w, [k * BLOCK_K, i_n], w_bars.index(k), w_b.index(k))
-    i_row1, i_t1 = i_row + BLOCK_P, i_t + 1
+        tma.async_copy_global_to_shared(desc_w, [k * BLOCK_K, i_n], w_bars[k], w_b[k])
+    # tiles of a last round that is not full fall to the first group of every program before a second group has one
+    i_row1, i_t1 = i_row + LANES * BLOCK_P, i_t + 1
     gl.warp_specialize(
         [
             (_lane, (
