@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 
 from mnv4_ops.triton_kernels import chain as C
 from mnv4_ops.triton_kernels.block import Block, Plan
+from mnv4_ops.triton_kernels.launch import direct
 from mnv4_ops.triton_kernels.plan import place
 
 
@@ -86,6 +88,33 @@ def test_addresses_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert C.link(natives, x.contiguous(), 0) is None
     plans[1].ready = False
     assert C.link(natives, x, 0) is None
+
+
+@pytest.mark.parametrize("scratch", [None, "global_scratch_size", "profile_scratch_size", "gsan_enabled"])
+def test_past_the_python_of_the_launcher(scratch: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver gets what Triton's own launcher would give it; where that does more, it is called itself."""
+    triton, backend = pytest.importorskip("triton"), pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace())
+    seen: list[Any] = []
+    launcher = backend.CudaLauncher.__new__(backend.CudaLauncher)
+    names = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
+    vars(launcher).update(dict.fromkeys((*names, "gsan_enabled"), 0))
+    vars(launcher).update(
+        launch=lambda *args: seen.append(args), num_ctas=1, launch_cooperative_grid=False, launch_pdl=True,
+        arg_annotations="annotations", kernel_signature="signature",
+    )  # fmt: skip
+    head, tail = ("function", "metadata", None, None, None), ("tail", 5)
+    ready = SimpleNamespace(parts=lambda: (launcher, (3, 2, 1), head, [("x", 0)], tail))
+    if scratch is not None:
+        vars(launcher)[scratch] = 64
+        assert direct(ready) == ready.parts()
+        return
+    run, grid, first, pointers, last = direct(ready)
+    assert run is not launcher or not triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
+    assert (grid, pointers, last) == ((3, 2, 1), [("x", 0)], tail)
+    run(*grid, 7, *first, "pointer", *last)
+    launcher(*grid, 7, *head, "pointer", *tail)
+    assert seen[0] == seen[1]
 
 
 def test_small_kernels_of_one_image_start_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,15 +70,28 @@ def current_device() -> int:
 def direct(launch: Launch) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], list[tuple[Any, int]], tuple[Any, ...]]:
     """`launch.parts()`, past the Python part of Triton's launcher where that only adds constants."""
     run, grid, (function, *rest), pointers, tail = launch.parts()
-    if (
-        triton.__version__.startswith("3.6.")
-        and type(run).__name__ == "CudaLauncher"
-        and not run.global_scratch_size
-        and not run.profile_scratch_size
-    ):
-        rest = [run.launch_cooperative_grid, run.launch_pdl, None, None, *rest]
-        run = run.launch
+    plain = type(run).__name__ == "CudaLauncher" and not any(
+        getattr(run, name, False) for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+    )
+    version = ".".join(triton.__version__.split(".")[:2])
+    if plain and version == "3.6":
+        head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+        return run.launch, grid, head, pointers, tail
+    if plain and version in ("3.7", "3.8"):
+        return _packed(run, function, rest), grid, (), pointers, tail
     return run, grid, (function, *rest), pointers, tail
+
+
+def _packed(launcher: Any, function: Any, rest: Sequence[Any]) -> Any:
+    """What takes grid, stream and the kernel's arguments; these go on as one tuple."""
+    start = launcher.launch
+    before = (function, launcher.launch_cooperative_grid, launcher.launch_pdl, *rest, None, None)
+    before += launcher.arg_annotations, launcher.kernel_signature
+
+    def run(x: int, y: int, z: int, stream: int, *args: Any) -> None:
+        start(x, y, z, stream, *before, args)
+
+    return run
 
 
 class _Base:
