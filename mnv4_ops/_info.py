@@ -69,6 +69,12 @@ def _problems(native: dict[str, Any], gpus: list[dict[str, Any]], reason: str | 
         problems.append("Windows is not supported: models run their original forwards")
     if gpus and reason is not None:
         problems.append(f"no GPU kernels, models on a GPU run their original forwards: {reason}")
+    elif any(gpu["capability"] == "9.0" for gpu in gpus):
+        from mnv4_ops.triton_kernels import hopper
+
+        lacking = hopper.unavailable()
+        if lacking is not None:
+            problems.append(f"Hopper's own kernels, attention blocks run by slower ones: {lacking}")
     if torch.backends.mps.is_available():
         problems.append("MPS is not supported: models on it run their original forwards")
     if package_version("timm") is None:

@@ -18,6 +18,7 @@ from test_triton_kernels import gpu, run_lines
 from triton_cases import output
 from triton_mqa_cases import MQACase, run_mqa
 
+from mnv4_ops import _info
 from mnv4_ops.spec import MQASpec
 
 
@@ -65,17 +66,25 @@ def test_versions_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(hopper, "_assembler", lambda: "")
-    asked = hopper.available.__wrapped__
-    for version, wanted in (("3.6.0", True), ("3.8.1+git1", True), ("3.60.0", False), ("4.0.0", False)):
+    asked = hopper.unavailable.__wrapped__
+    for version in ("3.6.0", "3.7.1", "3.8.1+git1"):
         monkeypatch.setattr(hopper.triton, "__version__", version)
-        assert asked() is wanted, version
+        assert asked() is None
+    for version in ("3.60.0", "4.0.0"):
+        monkeypatch.setattr(hopper.triton, "__version__", version)
+        assert asked() == f"tested with triton 3.6, 3.7, 3.8, this is {version} (MNV4_OPS_GLUON=1 allows it)"
+    monkeypatch.setattr(hopper, "unavailable", asked)
+    gpus, native = [{"capability": "9.0"}, {"capability": "9.0"}], {"loaded": True, "openmp_runtime": "libgomp"}
+    lines = [line for line in _info._problems(native, gpus, None) if "Hopper" in line]
+    assert lines == [f"Hopper's own kernels, attention blocks run by slower ones: {asked()}"]
     monkeypatch.setenv("MNV4_OPS_GLUON", "1")
-    assert asked()
+    assert asked() is None
+    monkeypatch.setattr(hopper, "_assembler", lambda: None)
+    assert asked() == f"no ptxas >= 12.9 in triton {version}"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0))[i])
-    assert not asked()
-    monkeypatch.undo()
+    assert asked() == "not all GPUs have compute capability 9.0"
     monkeypatch.setenv("MNV4_OPS_GLUON", "0")
-    assert not asked()
+    assert asked() == "MNV4_OPS_GLUON=0"
 
 
 @pytest.mark.usefixtures("present")

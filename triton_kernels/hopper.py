@@ -45,24 +45,34 @@ def _assembler() -> str | None:
 
 
 @functools.cache
-def available() -> bool:
-    """Whether all GPUs are Hopper's, Triton is one with which the kernels have been tested, and an assembler is there.
+def unavailable() -> str | None:
+    """Why the kernels are not used, None where they are.
 
-    MNV4_OPS_GLUON=0 forbids them, MNV4_OPS_GLUON=1 allows them with any Triton.
+    They are where all GPUs are Hopper's, Triton is one with which the kernels have been tested, and an assembler is
+    there. MNV4_OPS_GLUON=0 forbids them, MNV4_OPS_GLUON=1 allows them with any Triton.
     """
     wanted = os.environ.get("MNV4_OPS_GLUON", "")
-    if wanted == "0" or knobs.runtime.interpret or torch.version.cuda is None:
-        return False
-    count = torch.cuda.device_count()
+    if wanted == "0":
+        return "MNV4_OPS_GLUON=0"
+    if knobs.runtime.interpret:
+        return "Triton's interpreter is on"
+    count = torch.cuda.device_count() if torch.version.cuda is not None else 0
     if count == 0 or any(torch.cuda.get_device_capability(i) != (9, 0) for i in range(count)):
-        return False
+        return "not all GPUs have compute capability 9.0"
     if wanted != "1" and ".".join(triton.__version__.split(".")[:2]) not in TESTED:
-        return False
+        return f"tested with triton {', '.join(TESTED)}, this is {triton.__version__} (MNV4_OPS_GLUON=1 allows it)"
     try:
         importlib.import_module("triton.experimental.gluon.nvidia.hopper")
-    except ImportError:
-        return False
-    return _assembler() is not None
+    except ImportError as error:
+        return f"no Gluon in triton {triton.__version__}: {error}"
+    if _assembler() is None:
+        return f"no ptxas >= {'.'.join(map(str, SOUND))} in triton {triton.__version__}"
+    return None
+
+
+def available() -> bool:
+    """Whether the kernels are used."""
+    return unavailable() is None
 
 
 @contextlib.contextmanager
@@ -103,4 +113,4 @@ def tile_layout(columns: int) -> Any:
     return gl.NVMMASharedLayout(min(2 * columns, 128), 16)
 
 
-__all__ = ["available", "compiled_soundly", "tile_layout"]
+__all__ = ["available", "compiled_soundly", "tile_layout", "unavailable"]
