@@ -31,6 +31,11 @@ def _version(tool: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in tool.version.split("."))
 
 
+def series() -> str:
+    """Of Triton, as in "3.8"."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 @functools.cache
 def _assembler() -> str | None:
     """Path of an assembler that is new enough, "" where the usual one is, None without."""
@@ -59,7 +64,7 @@ def unavailable() -> str | None:
     count = torch.cuda.device_count() if torch.version.cuda is not None else 0
     if count == 0 or any(torch.cuda.get_device_capability(i) != (9, 0) for i in range(count)):
         return "not all GPUs have compute capability 9.0"
-    if wanted != "1" and ".".join(triton.__version__.split(".")[:2]) not in TESTED:
+    if wanted != "1" and series() not in TESTED:
         return f"tested with triton {', '.join(TESTED)}, this is {triton.__version__} (MNV4_OPS_GLUON=1 allows it)"
     try:
         importlib.import_module("triton.experimental.gluon.nvidia.hopper")
@@ -113,4 +118,4 @@ def tile_layout(columns: int) -> Any:
     return gl.NVMMASharedLayout(min(2 * columns, 128), 16)
 
 
-__all__ = ["available", "compiled_soundly", "tile_layout", "unavailable"]
+__all__ = ["available", "compiled_soundly", "series", "tile_layout", "unavailable"]

@@ -32,6 +32,28 @@ def begin(counters, i_first, ZERO: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many, each complete when as many have arrived."""
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=ARRIVALS)
+    if COUNT == 1:
+        return (bar,)
+    else:
+        return (bar,) + barriers(COUNT - 1, ARRIVALS)
+
+
+@gluon.jit
+def store_rows(tile, p, i_row, ROWS, i_n, STRIDE: gl.constexpr, WARPS: gl.constexpr):
+    """Rows of a tile before ROWS to memory from row `i_row`, column `i_n` on."""
+    N: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [WARPS, 1], [1, 0])
+    o_n = i_n + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    o_r = i_row + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
+    p_y = p + o_r.to(gl.int64)[:, None] * STRIDE + o_n[None, :]
+    gl.store(p_y, tile.load(LAYOUT), mask=(o_r < ROWS)[:, None])
+
+
+@gluon.jit
 def copy_rows(
     tile, p, i_row, ROWS, STRIDE: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr, GROUP: gl.constexpr = 1
 ):

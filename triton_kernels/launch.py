@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from .hopper import compiled_soundly, tile_layout
+from .hopper import compiled_soundly, series, tile_layout
 
 __all__ = [
     "Arg",
@@ -73,11 +72,10 @@ def direct(launch: Launch) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], 
     plain = type(run).__name__ == "CudaLauncher" and not any(
         getattr(run, name, False) for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
     )
-    version = ".".join(triton.__version__.split(".")[:2])
-    if plain and version == "3.6":
+    if plain and series() == "3.6":
         head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
         return run.launch, grid, head, pointers, tail
-    if plain and version in ("3.7", "3.8"):
+    if plain and series() in ("3.7", "3.8"):
         return _packed(run, function, rest), grid, (), pointers, tail
     return run, grid, (function, *rest), pointers, tail
 

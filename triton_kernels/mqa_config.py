@@ -121,11 +121,8 @@ def _in_three(runner: MobileMQA, tiles: int, keys0: int, keys1: int) -> Config:
     attend = {"path": "attention_hopper", "p": 64, "turns": turns, "keys0": keys0, "keys1": keys1}
     attend |= {"regs": 168 if tiles < 4 * sms * turns else 0, "warps": 4, "stages": 1}
     first, last = (
-        {"path": path, "p": 64, "n": 128, "k": 64, "pieces": 4, "warps": 4, "stages": stages}
-        for path, stages in (
-            ("mqa_project_hopper", _stages(runner.c)),
-            ("pointwise_hopper", _stages(runner.heads * runner.dv)),
-        )
+        {"path": path, "p": 64, "n": 128, "k": 64, "pieces": 4, "warps": 4, "stages": _stages(channels)}
+        for path, channels in (("mqa_project_hopper", runner.c), ("pointwise_hopper", runner.heads * runner.dv))
     )
     return _list(first, attend, last)
 

@@ -36,6 +36,7 @@ from .hopper_tile import (
     project,
     publish,
     query_norm,
+    store_rows,
     weigh,
 )
 
@@ -150,17 +151,12 @@ def _store(
     C: gl.constexpr, RESIDUAL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Scale, shift, residual (the pixels in `tile`, which is overwritten); one rounding."""
-    N: gl.constexpr = b_acc.shape[1]
     L_ACC: gl.constexpr = b_acc.type.layout
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [WARPS, 1], [1, 0])
     b_y = b_acc * affine.slice(0, 1).load(L_ACC) + affine.slice(1, 1).load(L_ACC)
     if RESIDUAL:
         b_y += tile.load(L_ACC).to(gl.float32)
     tile.store(b_y.to(tile.dtype))
-    o_n = i_n + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
-    o_r = i_p + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
-    p_y = p_out + o_r.to(gl.int64)[:, None] * C + o_n[None, :]
-    gl.store(p_y, tile.load(LAYOUT), mask=(o_r < NQ)[:, None])
+    store_rows(tile, p_out, i_p, NQ, i_n, C, WARPS)
 
 
 @gluon.jit(do_not_specialize=("TILES", "NQ", "NK"))

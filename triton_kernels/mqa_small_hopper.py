@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from .hopper_tile import (
     barrier,
+    barriers,
     begin,
     copy_head,
     halves,
@@ -22,6 +23,7 @@ from .hopper_tile import (
     project,
     publish,
     query_norm,
+    store_rows,
 )
 from .mqa_hopper import attend, project_out
 
@@ -125,11 +127,7 @@ def _group(
         b_y += tile.load(L_H).to(gl.float32)
     tile.store(b_y.to(DTYPE))
     barrier()
-    L_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [WARPS, 1], [1, 0])
-    o_r = gl.arange(0, BLOCK_P, gl.SliceLayout(1, L_OUT))
-    o_n = G * HALF + gl.arange(0, HALF, gl.SliceLayout(0, L_OUT))
-    p_y = out + i_b * NQ * C + o_r[:, None] * C + o_n[None, :]
-    gl.store(p_y, tile.load(L_OUT), mask=(o_r < NQ)[:, None])
+    store_rows(tile, out + i_b * NQ * C, 0, NQ, G * HALF, C, WARPS)
 
 
 @gluon.jit(do_not_specialize=("NQ",))
@@ -169,16 +167,8 @@ def mqa_small_hopper_kernel(
     wo_b1 = gl.allocate_shared_memory(DTYPE, [1, DVP, C], S_C)
     k_b = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, DKP], S_K)
     v_b = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, DVP], S_V)
-    q_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    o_bar0 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    o_bar1 = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    both = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_bar0, count=1)
-    mbarrier.init(q_bar1, count=1)
-    mbarrier.init(o_bar0, count=1)
-    mbarrier.init(o_bar1, count=1)
-    mbarrier.init(both, count=2)
+    q_bar0, q_bar1, o_bar0, o_bar1 = barriers(4, 1)
+    (both,) = barriers(1, 2)
     barrier()
     i_t = gl.program_id(0)
     gl.warp_specialize(

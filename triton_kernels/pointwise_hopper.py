@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from .hopper_tile import barrier, begin, halves, mbarrier, publish, tma
+from .hopper_tile import barrier, barriers, begin, halves, mbarrier, publish, tma
 
 
 @gluon.jit
@@ -24,17 +24,6 @@ def _places(DTYPE: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMN
         return (place,)
     else:
         return (place,) + _places(DTYPE, COUNT - 1, ROWS, COLUMNS, LAYOUT)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """So many, each complete when as many have arrived."""
-    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(bar, count=ARRIVALS)
-    if COUNT == 1:
-        return (bar,)
-    else:
-        return (bar,) + _barriers(COUNT - 1, ARRIVALS)
 
 
 @gluon.jit
@@ -230,8 +219,8 @@ def pointwise_hopper_kernel(
     x_b1 = _places(DTYPE, STAGES, BLOCK_P, BLOCK_K, S_X)
     y_b0 = _places(DTYPE, PLACES, BLOCK_P, SIZE, S_Y)
     y_b1 = _places(DTYPE, PLACES, BLOCK_P, SIZE, S_Y)
-    w_bars, bars0, bars1 = _barriers(STEPS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
-    y_bars0, y_bars1 = _barriers(PLACES, 1), _barriers(PLACES, 1)
+    w_bars, bars0, bars1 = barriers(STEPS, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    y_bars0, y_bars1 = barriers(PLACES, 1), barriers(PLACES, 1)
     i_t = gl.program_id(0)
     i_n = i_t % COLUMNS * BLOCK_N
     i_row = i_t // COLUMNS * BLOCK_P
