@@ -66,14 +66,13 @@ def test_versions_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(hopper, "_assembler", lambda: "")
-    asked = hopper.unavailable.__wrapped__
+    asked = hopper.unavailable
     for version in ("3.6.0", "3.7.1", "3.8.1+git1"):
         monkeypatch.setattr(hopper.triton, "__version__", version)
         assert asked() is None
     for version in ("3.60.0", "4.0.0"):
         monkeypatch.setattr(hopper.triton, "__version__", version)
         assert asked() == f"tested with triton 3.6, 3.7, 3.8, this is {version} (MNV4_OPS_GLUON=1 allows it)"
-    monkeypatch.setattr(hopper, "unavailable", asked)
     gpus, native = [{"capability": "9.0"}, {"capability": "9.0"}], {"loaded": True, "openmp_runtime": "libgomp"}
     lines = [line for line in _info._problems(native, gpus, None) if "Hopper" in line]
     assert lines == [f"Hopper's own kernels, attention blocks run by slower ones: {asked()}"]

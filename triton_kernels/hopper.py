@@ -49,7 +49,6 @@ def _assembler() -> str | None:
     return None
 
 
-@functools.cache
 def unavailable() -> str | None:
     """Why the kernels are not used, None where they are.
 
@@ -75,6 +74,7 @@ def unavailable() -> str | None:
     return None
 
 
+@functools.cache
 def available() -> bool:
     """Whether the kernels are used."""
     return unavailable() is None
