@@ -1,4 +1,4 @@
-"""Compiles the kernels in Gluon for Hopper, which needs no GPU, and prints a line of JSON for each machine program."""
+"""Compiles kernels in Gluon and a stem for Hopper, which needs no GPU: a line of JSON for each machine program."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from triton.runtime.driver import driver
 
 from mnv4_ops.spec import MQASpec
 
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);")
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -60,30 +62,42 @@ def listing(cubin: bytes) -> str:
 
 def wrong_addresses(words: str) -> list[str]:
     """Instructions that compute with R1, the stack pointer, other than moving it or addressing the stack."""
-    found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", words)
+    found = INSTRUCTION.findall(words)
     moves = re.compile(r"(LDC R1,|(IADD3|VIADD|MOV|IMAD\.MOV\.U32) R1,)")
     return [
         line.strip() for line in found if re.search(r"\bR1\b", line) and "[R1" not in line and not moves.match(line)
     ]
 
 
-def main() -> None:
-    driver.set_active(Absent())
-    from mnv4_ops.triton_kernels import hopper, mqa_config
+def launches() -> Iterator[tuple[str, Any]]:
+    """(name of the block, kernel of it): the blocks above, and a stem as the tables have it."""
+    from mnv4_ops.triton_kernels import Block, mqa_config
     from triton_mqa_cases import MQACase
 
-    hopper.available = lambda: True
     for name, (spec, side) in blocks().items():
         block = MQACase(spec, torch.float16, "cpu").build()
         for launch in block.plan(64, side, side, mqa_config.on_hopper(block, 64, side, side)).launches:
-            compiled = launch.compile()
-            words = listing(compiled.asm["cubin"])
-            line = {
-                "block": name, "kernel": compiled.name, "shared": compiled.metadata.shared,
-                "products": words.count(" HGMMA."), "waits": words.count("WARPGROUP.DEPBAR"),
-                "wrong": wrong_addresses(words),
-            }  # fmt: skip
-            print(json.dumps(line), flush=True)
+            yield name, launch
+    stem = {"c_in": 3, "c_mid": 32, "c_out": 32, "expand": True, "expand_kernel": 3, "expand_stride": 2}
+    tile = {"path": "dense", "p": 128, "k": 32, "m0": 32, "m1": 0, "n0": 32, "n1": 0, "warps": 4, "stages": 3}
+    block = Block(dtype=torch.float16, device="cpu", expand_act="relu", **stem)
+    yield "stem", block.plan(64, 224, 224, {"fused": 0, "ops": [tile]}, False).launches[0]
+
+
+def main() -> None:
+    driver.set_active(Absent())
+    from mnv4_ops.triton_kernels import hopper
+
+    hopper.available = lambda: True
+    for name, launch in launches():
+        compiled = launch.compile()
+        words = listing(compiled.asm["cubin"])
+        line = {
+            "block": name, "kernel": compiled.name, "shared": compiled.metadata.shared,
+            "products": words.count(" HGMMA."), "waits": words.count("WARPGROUP.DEPBAR"),
+            "instructions": len(INSTRUCTION.findall(words)), "wrong": wrong_addresses(words),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ STRAIGHT = ["mqa_project_hopper", "attention_hopper", "pointwise_hopper"]
 def test_machine_programs_for_hopper() -> None:
     """Products by the tensor cores of Hopper, and no address made of the stack pointer (see `hopper`)."""
     lines = run_lines("hopper_compile.py")
+    stem = lines.pop()
+    # 1312 where threads that follow one another take taps: see `dense.TAPS_FIRST`
+    assert stem["kernel"] == "dense_kernel"
+    assert stem["instructions"] < 700
     kernels = {line["kernel"] for line in lines}
     assert kernels == {
         "mqa_hopper_kernel", "mqa_keys_hopper_kernel", "mqa_depthwise_hopper_kernel", "mqa_project_kernel",

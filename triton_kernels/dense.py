@@ -12,6 +12,19 @@ import triton.language as tl
 from .common import begin, clear_counters, hidden_tile, rounded, store_tile
 from .pointwise import RUNTIME
 
+# Where nothing in a tile is contiguous, consecutive threads take consecutive elements of its first dimension with
+# triton 3.6, of its last one from 3.7 on. These must be pixels: a thread then has one pixel and all taps, whose places
+# are known when compiling, and a third of the instructions.
+TAPS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
+
+
+@triton.jit
+def _taps(p_x, o_y, o_x, m_p, o_e, o_ky, o_kx, m_tap, H, W):
+    """Elements of the taps `o_e` from the pixels `p_x` in row `o_y`, column `o_x`; zero outside of the image."""
+    o_yy, o_xx = o_y + o_ky, o_x + o_kx
+    m_x = (o_yy >= 0) & (o_yy < H) & (o_xx >= 0) & (o_xx < W) & m_p & m_tap
+    return tl.load(p_x + o_e, mask=m_x, other=0.0)
+
 
 @triton.jit(do_not_specialize=(*RUNTIME, "S_N", "S_Y", "S_X", "S_C"))
 def dense_kernel(
@@ -88,13 +101,19 @@ def dense_kernel(
             o_r = i_row + o_k
             o_tap = o_r // C
             o_ky, o_kx, o_c = o_tap // KERNEL, o_tap % KERNEL, o_r % C
-            o_yy = o_y[:, None] + o_ky[None, :]
-            o_xx = o_x[:, None] + o_kx[None, :]
-            m_x = (
-                (o_yy >= 0) & (o_yy < H) & (o_xx >= 0) & (o_xx < W) & m_p[:, None] & (o_tap < KERNEL * KERNEL)[None, :]
-            )
             o_e = o_ky.to(tl.int64) * s_y + o_kx * s_x + o_c * s_c
-            b_x = tl.load(p_x[:, None] + o_e[None, :], mask=m_x, other=0.0)  # [BLOCK_P, BLOCK_K]
+            m_tap = o_tap < KERNEL * KERNEL
+            if TAPS_FIRST and DTYPE.primitive_bitwidth == 16:
+                b_t = _taps(
+                    p_x[None, :], o_y[None, :], o_x[None, :], m_p[None, :],
+                    o_e[:, None], o_ky[:, None], o_kx[:, None], m_tap[:, None], H, W,
+                )  # fmt: skip
+                b_x = tl.trans(b_t)
+            else:
+                b_x = _taps(
+                    p_x[:, None], o_y[:, None], o_x[:, None], m_p[:, None],
+                    o_e[None, :], o_ky[None, :], o_kx[None, :], m_tap[None, :], H, W,
+                )  # fmt: skip
         else:
             i_tap = i // K_TAP
             i_ky, i_kx, i_c = i_tap // KERNEL, i_tap % KERNEL, (i % K_TAP) * BLOCK_K
