@@ -10,20 +10,13 @@ import triton
 import triton.language as tl
 
 from .common import begin, clear_counters, hidden_tile, rounded, store_tile
+from .hopper import series
 from .pointwise import RUNTIME
 
 # Where nothing in a tile is contiguous, consecutive threads take consecutive elements of its first dimension with
 # triton 3.6, of its last one from 3.7 on. These must be pixels: a thread then has one pixel and all taps, whose places
 # are known when compiling, and a third of the instructions.
-TAPS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
-
-
-@triton.jit
-def _taps(p_x, o_y, o_x, m_p, o_e, o_ky, o_kx, m_tap, H, W):
-    """Elements of the taps `o_e` from the pixels `p_x` in row `o_y`, column `o_x`; zero outside of the image."""
-    o_yy, o_xx = o_y + o_ky, o_x + o_kx
-    m_x = (o_yy >= 0) & (o_yy < H) & (o_xx >= 0) & (o_xx < W) & m_p & m_tap
-    return tl.load(p_x + o_e, mask=m_x, other=0.0)
+TAPS_FIRST = tl.constexpr(series() != "3.6")
 
 
 @triton.jit(do_not_specialize=(*RUNTIME, "S_N", "S_Y", "S_X", "S_C"))
@@ -102,18 +95,18 @@ def dense_kernel(
             o_tap = o_r // C
             o_ky, o_kx, o_c = o_tap // KERNEL, o_tap % KERNEL, o_r % C
             o_e = o_ky.to(tl.int64) * s_y + o_kx * s_x + o_c * s_c
-            m_tap = o_tap < KERNEL * KERNEL
-            if TAPS_FIRST and DTYPE.primitive_bitwidth == 16:
-                b_t = _taps(
-                    p_x[None, :], o_y[None, :], o_x[None, :], m_p[None, :],
-                    o_e[:, None], o_ky[:, None], o_kx[:, None], m_tap[:, None], H, W,
-                )  # fmt: skip
-                b_x = tl.trans(b_t)
-            else:
-                b_x = _taps(
-                    p_x[:, None], o_y[:, None], o_x[:, None], m_p[:, None],
-                    o_e[None, :], o_ky[None, :], o_kx[None, :], m_tap[None, :], H, W,
-                )  # fmt: skip
+            # the other dimension of what goes by pixels, of what goes by taps
+            ACROSS: tl.constexpr = 0 if TAPS_FIRST and DTYPE.primitive_bitwidth == 16 else 1
+            ALONG: tl.constexpr = 1 - ACROSS
+            o_yy = tl.expand_dims(o_y, ACROSS) + tl.expand_dims(o_ky, ALONG)
+            o_xx = tl.expand_dims(o_x, ACROSS) + tl.expand_dims(o_kx, ALONG)
+            m_x = (
+                (o_yy >= 0) & (o_yy < H) & (o_xx >= 0) & (o_xx < W)
+                & tl.expand_dims(m_p, ACROSS) & tl.expand_dims(o_tap < KERNEL * KERNEL, ALONG)
+            )  # fmt: skip
+            b_x = tl.load(tl.expand_dims(p_x, ACROSS) + tl.expand_dims(o_e, ALONG), mask=m_x, other=0.0)
+            if ACROSS == 0:
+                b_x = tl.trans(b_x)  # [BLOCK_P, BLOCK_K]
         else:
             i_tap = i // K_TAP
             i_ky, i_kx, i_c = i_tap // KERNEL, i_tap % KERNEL, (i % K_TAP) * BLOCK_K
